@@ -1,0 +1,34 @@
+"""What can go wrong, by what it means for the work at hand.
+
+Every message states the rule, then the value that broke it, then the remedy.
+"""
+
+
+class ParetuneError(Exception):
+    """Root of every error that paretune raises on purpose."""
+
+
+class JobError(ParetuneError):
+    """The job (its keys, model, data or target) is wrong; raised before anything is spent. Exit code 2.
+
+    Args:
+        where: The job key or input at fault, e.g. ``"space.max_ratio"``.
+        rule: What must hold, as a phrase that follows `where`, e.g. ``"must be in [0, 1)"``.
+        got: The value that broke the rule.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, where: str, rule: str, got: object, remedy: str) -> None:
+        super().__init__(f"{where} {rule}, but got {got}; {remedy}")
+        self.where = where
+        self.rule = rule
+        self.got = got
+        self.remedy = remedy
+
+
+class TrialError(ParetuneError):
+    """This trial failed (non-finite loss, a layer executed in another width, ...); the search goes on."""
+
+
+class SearchError(ParetuneError):
+    """The search as a whole can't go on, or found nothing feasible. Exit code 1."""
