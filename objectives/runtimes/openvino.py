@@ -1,0 +1,99 @@
+"""OpenVINO on a CPU: executes f32, bf16 and int8 (docs/decisions/003-runtimes.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from torch import nn
+
+from paretune.errors import JobError, TrialError
+from paretune.objectives.data.inputs import Inputs
+from paretune.objectives.runtimes.base import Array, Arrays, Capabilities, LayerReport, LoadOptions, Runtime, Session
+from paretune.objectives.runtimes.onnx_export import export_onnx
+
+_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8}
+_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+
+
+class OpenVINO(Runtime):
+    """The default runtime on a CPU."""
+
+    def __init__(self) -> None:
+        self._core = openvino.Core()
+
+    def capabilities(self, device: str) -> Capabilities:
+        _device(device)
+        found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        floats = (32, 16) if "BF16" in found else (32,)
+        integers = (8,) if "INT8" in found else ()
+        return Capabilities(floats, dict.fromkeys(_KINDS, integers))
+
+    def deploy(self, module: nn.Module, inputs: Inputs, path: Path) -> None:
+        export_onnx(module, inputs, path)
+
+    def load(self, path: Path, options: LoadOptions) -> Session:
+        model = self._core.read_model(str(path))
+        try:
+            model.reshape(
+                {port.any_name: [options.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs}
+            )
+        except RuntimeError as error:
+            raise TrialError(
+                f"an artifact must accept any batch size, but {path.name} can't be reshaped to a batch of "
+                f"{options.batch_size} ({str(error).strip().splitlines()[-1]}); don't fix the batch size in forward"
+            ) from error
+        config = {
+            "INFERENCE_PRECISION_HINT": "bf16" if options.float_bits == 16 else "f32",
+            "INFERENCE_NUM_THREADS": options.threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": options.purpose == "measure",
+            "PERF_COUNT": options.purpose == "profile",
+        }
+        return _Session(self._core.compile_model(model, "CPU", config))
+
+
+def _device(device: str) -> None:
+    if device.lower() != "cpu":
+        raise JobError("target.device", "must be 'cpu' for the runtime 'openvino'", repr(device), "use cpu")
+
+
+class _Session(Session):
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+
+    def run(self, inputs: Arrays) -> Array:
+        return np.array(self._request.infer(dict(inputs), share_inputs=True)[0])
+
+    def bind(self, inputs: Arrays) -> Callable[[], object]:
+        request = self._compiled.create_infer_request()
+        for name, array in inputs.items():
+            request.set_tensor(name, openvino.Tensor(np.ascontiguousarray(array)))
+        infer: Callable[[], object] = request.infer
+        return infer
+
+    def layers(self) -> dict[str, LayerReport]:
+        operations = self._compiled.get_runtime_model().get_ordered_ops()
+        infos = {
+            operation.get_friendly_name(): {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+            for operation in operations
+        }
+        times = self._times()
+        total = sum(times.values()) or 1.0
+        reports = {}
+        for friendly, info in infos.items():
+            precision = info.get("runtimePrecision", "").lower()
+            if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
+                for name in info.get("originalLayersNames", "").split(","):
+                    reports[name] = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
+        return reports
+
+    def _times(self) -> dict[str, float]:
+        """Seconds per operation of the latest call; empty unless the session was loaded to be profiled."""
+        if not self._compiled.get_property("PERF_COUNT"):
+            return {}
+        return {entry.node_name: entry.real_time.total_seconds() for entry in self._request.get_profiling_info()}

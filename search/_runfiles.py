@@ -1,0 +1,194 @@
+"""The files of a run folder as values, and how values are written for people."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import JobError
+
+UNKNOWN = "\u2013"
+
+
+def number(record: Mapping[str, Any] | None, key: str) -> float | None:
+    """The finite number under `key`, or None where there isn't one."""
+    try:
+        value = float((record or {}).get(key, ""))
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the metric is written: the accuracy in percent, any other metric as it is."""
+
+    name: str
+
+    @property
+    def factor(self) -> float:
+        return 100.0 if self.name == "accuracy" else 1.0
+
+    @property
+    def axis(self) -> str:
+        return "accuracy (%)" if self.name == "accuracy" else self.name
+
+    @property
+    def unit(self) -> str:
+        return "points" if self.name == "accuracy" else self.name
+
+    def show(self, value: float | None) -> str:
+        if value is None:
+            return UNKNOWN
+        return f"{value:.2%}".replace("%", "\u202f%") if self.name == "accuracy" else f"{value:.4g}"
+
+    def difference(self, value: float) -> str:
+        return f"{value * 100:.2f}" if self.name == "accuracy" else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the files of a run folder say; whatever is missing is empty."""
+
+    path: Path
+    front: dict[str, Any]
+    trials: list[dict[str, str]]
+    analysis: dict[str, Any]
+    environment: dict[str, Any]
+    job: str
+
+    @property
+    def name(self) -> str:
+        return str(self.front.get("run") or self.path.resolve().name)
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        return self.front.get("baseline") or {}
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        return sorted(
+            self.front.get("points") or [], key=lambda point: number(point["validation"], "latency_ms") or 0
+        )
+
+    @property
+    def verified(self) -> bool:
+        tested = all(point.get("test") for point in self.points) and bool(self.baseline.get("test"))
+        return bool(self.front.get("verified")) and tested
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(str(self.front.get("metric") or "accuracy"))
+
+    @property
+    def states(self) -> Counter[str]:
+        return Counter(trial.get("state") or "" for trial in self.trials)
+
+    @property
+    def shown_path(self) -> str:
+        """The run folder as a user would type it: an absolute path says nothing on another machine."""
+        here = Path.cwd()
+        path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
+        return shlex.quote(str(path))
+
+    def picks(self) -> dict[int, list[str]]:
+        """Trial number to what it is picked for, chosen by validation: the test split must not choose."""
+        if not self.points:
+            return {}
+        from paretune.search.front import knee
+
+        def at(index: int) -> tuple[float, float]:
+            measured = self.points[index]["validation"]
+            return number(measured, "latency_ms") or math.inf, -(number(measured, "accuracy") or -math.inf)
+
+        everyone = range(len(self.points))
+        chosen = {
+            "fastest": min(everyone, key=at),
+            "knee": knee(self.points),
+            "most accurate": min(everyone, key=lambda index: at(index)[::-1]),
+        }
+        picks: dict[int, list[str]] = {}
+        for name, index in chosen.items():
+            picks.setdefault(int(self.points[index]["trial"]), []).append(name)
+        return picks
+
+
+def load_run(run: Path) -> RunFiles:
+    def text(name: str) -> str:
+        path = run / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def mapping(name: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text(name) or "{}")
+        except ValueError as error:
+            raise JobError(
+                name, "must be JSON", error, f"restore {name} or remove it from the run"
+            ) from error
+        if not isinstance(value, dict):
+            raise JobError(name, "must be a JSON object", type(value).__name__, "restore it or remove it")
+        return value
+
+    # Records are told apart by csv itself: an error text may hold line breaks.
+    rows = csv.DictReader(text("trials.csv").splitlines(keepends=True))
+    trials = [{key: value or "" for key, value in row.items() if key} for row in rows]
+    return RunFiles(
+        run,
+        mapping("front.json"),
+        trials,
+        mapping("analysis.json"),
+        mapping("environment.json"),
+        text("job.yaml"),
+    )
+
+
+def redacted(text: object) -> str:
+    """Reports are passed around; the password of a storage URL must not be."""
+    return re.sub(r"(://[^\s:/@]*:)[^\s/@]+@", r"\1***@", str(text))
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+
+
+def amount(value: float | None, unit: str = "") -> str:
+    """A count or a size in steps of 1000, with three digits."""
+    if value is None:
+        return UNKNOWN
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}\u202f{letter}{unit}"
+    return f"{value:.0f}\u202f{unit}".rstrip("\u202f")
+
+
+def milliseconds(metrics: Mapping[str, Any] | None) -> str:
+    median, low, high = (number(metrics, key) for key in ("latency_ms", "latency_low_ms", "latency_high_ms"))
+    if median is None:
+        return UNKNOWN
+    digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 2
+    interval = "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{median:.{digits}f}{interval}"
+
+
+def describe_target(target: Mapping[str, Any] | None) -> str:
+    if not target:
+        return ""
+    threads = target.get("threads")
+    text = f"{target.get('runtime')} on {target.get('device')}, batch size {target.get('batch_size')}"
+    return f"{text}, {threads} thread{'' if threads == 1 else 's'}" if threads else text
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,233 @@
+"""What a model offers to a search: its groups, its layers, and what can't be pruned and why."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from paretune.spaces.graph import PRUNABLE, DependencyGraph, Forward, Group, execution_order, prune
+from paretune.spaces.grid import channel_grid
+
+_TORCH = Path(torch.__file__).parent
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights.
+
+    Attributes:
+        name: Path of the module in the model.
+        kind: Class name of the module, e.g. ``"Conv2d"``.
+        params: Weights and biases.
+        macs: Multiply-accumulates for one sample.
+        group: Name of the group whose ratio cuts this layer's output channels, None where it is frozen.
+    """
+
+    name: str
+    kind: str
+    params: int
+    macs: int
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A layer that keeps all its output channels, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The record of a model's analysis; JSON-able through `to_dict`.
+
+    Attributes:
+        groups: What can be pruned, in the order of execution.
+        frozen: What can't, with the reason.
+        layers: Every convolution and linear layer that a forward pass calls, in the order of execution.
+        params: Parameters of the whole model.
+        macs: Multiply-accumulates of a forward pass, for one sample.
+        latency_share: Layer name to its share of the dense model's latency, once it was profiled.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    layers: tuple[Layer, ...]
+    params: int
+    macs: int
+    latency_share: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values, with parameters, MACs and latency share summed per group."""
+        by_name = {layer.name: layer for layer in self.layers}
+        groups = []
+        for group in self.groups:
+            members = [by_name[name] for name in group.layers]
+            groups.append(
+                asdict(group)
+                | {
+                    "coupled": list(group.layers[1:]),
+                    "params": sum(layer.params for layer in members),
+                    "macs": sum(layer.macs for layer in members),
+                    "latency_share": sum(self.latency_share.get(layer.name, 0.0) for layer in members),
+                }
+            )
+        layers = [
+            asdict(layer) | {"latency_share": self.latency_share.get(layer.name, 0.0)} for layer in self.layers
+        ]
+        return {
+            "groups": groups,
+            "frozen": [asdict(frozen) for frozen in self.frozen],
+            "layers": layers,
+            "params": self.params,
+            "macs": self.macs,
+        }
+
+
+def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) -> Analysis:
+    """Find what can be pruned, try it, and name the reason for all that can't.
+
+    Args:
+        model: The dense model; it is copied, not changed.
+        forward: Runs a model on a batch of at least two example inputs and returns its output tensor.
+        exclude: Glob patterns of layer names that must stay dense.
+    """
+    model = copy.deepcopy(model).eval()
+    order = execution_order(model, forward)
+    graph = DependencyGraph(model, forward)
+    groups, frozen = [], []
+    for group in graph.groups():
+        if reason := _static_reason(model, group, exclude):
+            frozen += [Frozen(layer, reason) for layer in group.layers]
+        else:
+            groups.append(group)
+    survivors, broken = _trial_prune(model, forward, groups)
+    frozen += [Frozen(layer, reason) for group, reason in broken for layer in group.layers]
+    seen = {layer for group in survivors for layer in group.layers} | {entry.layer for entry in frozen}
+    frozen += [Frozen(name, "it isn't reached by the dependency graph") for name in order if name not in seen]
+    frozen.sort(key=lambda entry: order.get(entry.layer, len(order)))
+    owner = {layer: group.name for group in survivors for layer in group.layers}
+    layers, params, macs = _count(model, forward, owner, order)
+    return Analysis(tuple(survivors), tuple(frozen), layers, params, macs)
+
+
+def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> str | None:
+    for name in group.layers:
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            return "the job excludes it (space.exclude)"
+    for name in (*group.layers, *group.consumers):
+        module = model.get_submodule(name)
+        groups = getattr(module, "groups", 1)
+        # Its parts would all have to lose the same number of channels; depthwise ones do so by themselves.
+        if groups > 1 and groups != module.in_channels:
+            return f"{name} is a grouped convolution (groups={groups})"
+    if not group.consumers:
+        return "it is the output layer"
+    if len(channel_grid(group.channels)) < 2:
+        return f"it is too narrow ({group.channels} channels, less than two steps of the grid)"
+    return None
+
+
+def _trial_prune(
+    model: nn.Module, forward: Forward, groups: Sequence[Group]
+) -> tuple[list[Group], list[tuple[Group, str]]]:
+    """Split the groups into those that survive pruning and those that break the model, with the reason.
+
+    All are tried at once; only where that fails is the set halved, so that a model without trouble costs one try.
+    """
+    if not groups:
+        return [], []
+    reason = why_broken(model, forward, {group.name: channel_grid(group.channels)[0] for group in groups})
+    if reason is None:
+        return list(groups), []
+    if len(groups) == 1:
+        return [], [(groups[0], reason)]
+    middle = len(groups) // 2
+    left, left_broken = _trial_prune(model, forward, groups[:middle])
+    right, right_broken = _trial_prune(model, forward, groups[middle:])
+    survivors = left + right
+    if left_broken or right_broken:
+        return survivors, left_broken + right_broken
+    # Both halves work and the whole doesn't: keep the half that comes first, name the clash for the other.
+    return left, [(group, f"it can't be pruned together with {groups[0].name}: {reason}") for group in right]
+
+
+def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str | None:
+    """The reason why `model` doesn't run forward and backward with only `kept` channels; None where it does.
+
+    The model is copied. The reason names the line of the user's code that stopped it.
+    """
+    candidate = copy.deepcopy(model)
+    try:
+        shape = forward(candidate).shape
+        prune(candidate, forward, kept)
+        output = forward(candidate.train())
+        if output.shape != shape:
+            return f"the output's shape would change from {tuple(shape)} to {tuple(output.shape)}"
+        output.float().sum().backward()
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's forward raises is the reason we look for
+        return f"pruning it breaks {_culprit(error)}"
+    return None
+
+
+def _culprit(error: Exception) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    message = str(error).strip().splitlines()
+    detail = f"{type(error).__name__}: {message[0][:120]}" if message else type(error).__name__
+    if not frames:
+        return detail
+    return f"`{frames[-1].line}` ({Path(frames[-1].filename).name}:{frames[-1].lineno}; {detail})"
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    ours = Path(__file__).resolve().parent
+    return _TORCH not in path.parents and "torch_pruning" not in path.parts and path.resolve().parent != ours
+
+
+def _count(
+    model: nn.Module, forward: Forward, owner: dict[str, str], order: dict[str, int]
+) -> tuple[tuple[Layer, ...], int, int]:
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs, by_layer = count_macs(model, forward)
+    layers = []
+    for name in sorted(order, key=order.__getitem__):
+        module = model.get_submodule(name)
+        own = sum(parameter.numel() for parameter in module.parameters())
+        layers.append(Layer(name, type(module).__name__, own, by_layer.get(name, 0), owner.get(name)))
+    return tuple(layers), params, macs
+
+
+def count_macs(model: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates for one sample: of the whole forward pass, and per layer with weights."""
+    batch = {"size": 1}
+
+    def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        batch["size"] = len(output)
+
+    handle = model.register_forward_hook(remember)
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            forward(model)
+    finally:
+        handle.remove()
+    counts = counter.get_flop_counts()
+    prefix = type(model).__name__ + "."
+    # The counter counts a multiply-add as two operations.
+    by_layer = {
+        name: sum(counts[prefix + name].values()) // (2 * batch["size"])
+        for name, module in model.named_modules()
+        if isinstance(module, PRUNABLE) and prefix + name in counts
+    }
+    return counter.get_total_flops() // (2 * batch["size"]), by_layer

@@ -1,0 +1,143 @@
+"""The dependency graph: which layers must be pruned together, and the pruning itself.
+
+The only module (with the importance scores) that knows Torch-Pruning. It stands on the low-level `DependencyGraph`
+(Fang et al., 2023, "DepGraph", arXiv:2301.12900) with exact channel counts, not on its pruners, whose `round_to`
+rounds down and silently skips groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module], Any]
+"""Calls a model on fixed example inputs (a batch of at least 2) and returns its output."""
+
+PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose channels must be removed together.
+
+    Attributes:
+        name: The group's first layer in the order of execution; the key of its pruning ratio.
+        channels: Channels of the dense model.
+        layers: Layers that lose output channels, `name` first; more than one where they are coupled.
+        consumers: Layers that lose input channels because of it.
+    """
+
+    name: str
+    channels: int
+    layers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+def execution_order(model: nn.Module, forward: Forward) -> dict[str, int]:
+    """Position of each called layer's first call in a forward pass, by name. Layers never called are missing."""
+    order: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def remember(module: nn.Module, _inputs: Any) -> None:
+        order.setdefault(names[module], len(order))
+
+    handles = [
+        module.register_forward_pre_hook(remember) for module in names if isinstance(module, PRUNABLE)
+    ]
+    try:
+        with torch.no_grad():
+            forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+class DependencyGraph:
+    """A model's dependency graph; alive only as long as the model keeps the shape that it was built from.
+
+    Args:
+        model: Is traced in eval mode and left in it; pruning changes it in place.
+        forward: Runs the model on its example inputs.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
+        self._order = execution_order(model, forward)
+        self._graph: Any = torch_pruning.DependencyGraph()
+        with warnings.catch_warnings(), torch.enable_grad():
+            # Torch-Pruning warns of free parameters and unknown ops; what they break is found by `survives`.
+            warnings.simplefilter("ignore")
+            # Its own way of calling the model tries model(*batch) first, which a batch of one image may survive.
+            self._graph.build_dependency(model, None, forward_fn=lambda module, _: forward(module), verbose=False)
+
+    def groups(self) -> Iterator[Group]:
+        """Every group of the model, in the order of execution."""
+        return iter(sorted(self._groups(), key=lambda group: self._order[group.name]))
+
+    def _groups(self) -> Iterator[Group]:
+        for raw in self._graph.get_all_groups(ignored_layers=[], root_module_types=list(PRUNABLE)):
+            outputs = self._layers(raw, self._graph.is_out_channel_pruning_fn)
+            # A depthwise convolution's pruning function counts as both: it passes channels on, and consumes none.
+            inputs = self._layers(raw, self._graph.is_in_channel_pruning_fn)
+            consumers = tuple(name for name in inputs if name not in outputs)
+            yield Group(outputs[0], len(raw[0].idxs), outputs, consumers)
+
+    def traced(self) -> set[str]:
+        """Names of the layers that the graph reaches."""
+        return {self._names[module] for module in self._graph.module2node if isinstance(module, PRUNABLE)}
+
+    def scores(self, group: Group, importance: Callable[[Any], Tensor | None]) -> Tensor | None:
+        """Importance of each channel, shape (channels,), by a Torch-Pruning importance; None where it has none."""
+        return importance(self._select(group, range(group.channels)))
+
+    def remove(self, group: Group, channels: list[int]) -> None:
+        """Remove these channels (indices into the dense group) from every layer of the group, in place."""
+        self._select(group, channels).prune()
+
+    def _select(self, group: Group, channels: range | list[int]) -> Any:
+        root = self._modules[group.name]
+        pruner = self._graph.get_pruner_of_module(root)
+        return self._graph.get_pruning_group(root, pruner.prune_out_channels, list(channels))
+
+    def _layers(self, raw: Any, selects: Callable[[Any], bool]) -> tuple[str, ...]:
+        modules = [item.dep.target.module for item in raw if selects(item.dep.handler)]
+        names = {self._names[module] for module in modules if isinstance(module, PRUNABLE)}
+        return tuple(sorted(names, key=self._order.__getitem__))
+
+
+def prune(
+    model: nn.Module,
+    forward: Forward,
+    kept: dict[str, int],
+    *,
+    importance: Callable[[Any], Tensor | None] | None = None,
+) -> None:
+    """Cut groups of `model` down to `kept` channels each, in place.
+
+    Args:
+        model: The dense model.
+        forward: Runs it on its example inputs.
+        kept: Group name to the number of channels that stay, at least 1.
+        importance: Scores a Torch-Pruning group; the channels with the lowest scores go. Without one the last
+            channels go: enough where only the shape matters, because weights are loaded afterwards.
+    """
+    graph = DependencyGraph(model, forward)
+    cuts = []
+    for group in graph.groups():
+        count = group.channels - kept.get(group.name, group.channels)
+        if count <= 0:
+            continue
+        # All scores are taken on the dense model, so that the order of the groups can't matter.
+        scores = graph.scores(group, importance) if importance else None
+        order = torch.arange(group.channels - 1, -1, -1) if scores is None else scores.argsort(stable=True)
+        cuts.append((group, sorted(order[:count].tolist())))
+    for group, channels in cuts:
+        graph.remove(group, channels)
