@@ -181,9 +181,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively; elsewhere it is emulated and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512")) and bool(
-        torch.cpu._is_avx512_bf16_supported()
-    )
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _optimizer(model: nn.Module, options: TrainOptions, learning_rate: float) -> torch.optim.Optimizer:

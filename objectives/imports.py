@@ -114,7 +114,10 @@ def _check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], *, wh
         if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     }
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in args:
+    for name, value in args.items():
+        if isinstance(value, str) and value.startswith(_LIVE):
+            got = f"{value}, an object that lived in the process which started the run"
+            raise JobError(f"{where}.{name}", "must be a plain value here", got, "pass it again from Python")
         if name not in by_name and not takes_all:
             raise JobError(
                 where, "must hold parameters of the function alone", repr(name), closest(name, by_name)
@@ -138,8 +141,8 @@ def _import_module(name: str, *, where: str) -> Any:
             where,
             "must name a module that can be imported",
             f"{missing!r}, which doesn't exist",
-            f"{_hint(parent, last)}modules are looked for beside the job file, in the folders of python_path and in "
-            "the installed packages",
+            f"{_hint(parent, last)}modules are looked for beside the job file, in the folders of "
+            "python_path and in the installed packages",
         ) from error
     except (Exception, SystemExit) as error:  # A script without a `__main__` guard may well exit.
         raise _broken_import(name, error, where=where) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -75,12 +76,13 @@ class RunFiles:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        return sorted(
-            self.front.get("points") or [], key=lambda point: number(point["validation"], "latency_ms") or 0
-        )
+        """The points of the front, fastest first."""
+        points = self.front.get("points") or []
+        return sorted(points, key=lambda point: number(point["validation"], "latency_ms") or 0.0)
 
     @property
     def verified(self) -> bool:
+        """Whether the baseline and every point of the front were measured on the test split."""
         tested = all(point.get("test") for point in self.points) and bool(self.baseline.get("test"))
         return bool(self.front.get("verified")) and tested
 
@@ -101,27 +103,35 @@ class RunFiles:
 
     def picks(self) -> dict[int, list[str]]:
         """Trial number to what it is picked for, chosen by validation: the test split must not choose."""
-        if not self.points:
+        points = self.front.get("points") or []
+        if not points:
             return {}
         from paretune.search.front import knee
 
-        def at(index: int) -> tuple[float, float]:
-            measured = self.points[index]["validation"]
-            return number(measured, "latency_ms") or math.inf, -(number(measured, "accuracy") or -math.inf)
+        def speed(index: int) -> tuple[float, float]:
+            latency, accuracy = (
+                number(points[index]["validation"], key) for key in ("latency_ms", "accuracy")
+            )
+            return math.inf if latency is None else latency, math.inf if accuracy is None else -accuracy
 
-        everyone = range(len(self.points))
         chosen = {
-            "fastest": min(everyone, key=at),
-            "knee": knee(self.points),
-            "most accurate": min(everyone, key=lambda index: at(index)[::-1]),
+            "fastest": min(range(len(points)), key=speed),
+            "knee": knee(points),
+            "most accurate": min(range(len(points)), key=lambda index: speed(index)[::-1]),
         }
         picks: dict[int, list[str]] = {}
         for name, index in chosen.items():
-            picks.setdefault(int(self.points[index]["trial"]), []).append(name)
+            picks.setdefault(int(points[index]["trial"]), []).append(name)
         return picks
 
 
 def load_run(run: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        JobError: A JSON file of the run isn't a JSON object.
+    """
+
     def text(name: str) -> str:
         path = run / name
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -130,15 +140,13 @@ def load_run(run: Path) -> RunFiles:
         try:
             value = json.loads(text(name) or "{}")
         except ValueError as error:
-            raise JobError(
-                name, "must be JSON", error, f"restore {name} or remove it from the run"
-            ) from error
+            raise JobError(name, "must be JSON", error, "restore it or remove it") from error
         if not isinstance(value, dict):
             raise JobError(name, "must be a JSON object", type(value).__name__, "restore it or remove it")
         return value
 
     # Records are told apart by csv itself: an error text may hold line breaks.
-    rows = csv.DictReader(text("trials.csv").splitlines(keepends=True))
+    rows = csv.DictReader(io.StringIO(text("trials.csv"), newline=""))
     trials = [{key: value or "" for key, value in row.items() if key} for row in rows]
     return RunFiles(
         run,
@@ -156,6 +164,7 @@ def redacted(text: object) -> str:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as dotted keys with their values as text."""
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from flat(item, f"{prefix}{key}.")
@@ -174,6 +183,7 @@ def amount(value: float | None, unit: str = "") -> str:
 
 
 def milliseconds(metrics: Mapping[str, Any] | None) -> str:
+    """The median latency with three digits and, where known, its interval."""
     median, low, high = (number(metrics, key) for key in ("latency_ms", "latency_low_ms", "latency_high_ms"))
     if median is None:
         return UNKNOWN
@@ -183,6 +193,7 @@ def milliseconds(metrics: Mapping[str, Any] | None) -> str:
 
 
 def describe_target(target: Mapping[str, Any] | None) -> str:
+    """The target of a front.json in words."""
     if not target:
         return ""
     threads = target.get("threads")
@@ -191,4 +202,5 @@ def describe_target(target: Mapping[str, Any] | None) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """`count` with its noun, in the right number."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,7 +1,7 @@
 """The pictures of a run as small SVG files, drawn without a plotting library.
 
-Colours are from Okabe and Ito's colour-blind-safe palette. Every shape carries its colours as attributes, for
-a picture that stands alone on its light background, and a class, by which a page recolours it when dark.
+The colours are Okabe and Ito's, safe for the colour-blind. Every shape carries them as attributes, so that a
+picture stands alone on its light background, and a class, by which a page recolours it when dark.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class _Svg:
         for css, shape, name in items:
             self.marker(css, x, y - 4, shape=shape)
             self.text(x + 11, y, name, font_size=12)
-            x += 32 + 6.5 * len(name)
+            x += 34 + 6.2 * len(name)
 
     def done(self) -> str:
         return ET.tostring(self.root, encoding="unicode") + "\n"
@@ -243,11 +243,10 @@ class _Labels:
         self.taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
 
     def write(self, mark: Mark) -> None:
-        x, y = self.across.at(mark.latency_ms), self.up.at(mark.accuracy)
-        width = 7.2 * len(mark.label)
+        x, y, width = self.across.at(mark.latency_ms), self.up.at(mark.accuracy), 7.9 * len(mark.label)
         lefts = (x - width / 2, x + 9, x - width - 9)
         boxes = [(left, y + down - 12, left + width, y + down + 3) for down in (-11, 21, 4) for left in lefts]
-        box = min([box for box in boxes if self._inside(box)] or boxes, key=self._overlaps)
+        box = min([box for box in boxes if self._inside(box)] or boxes, key=self._covered)
         self.taken.append(box)
         self.svg.text(box[0], box[3] - 3, mark.label, "halo", font_weight="600")
 
@@ -255,8 +254,10 @@ class _Labels:
         fits_across = self.across.start <= box[0] and box[2] <= self.across.end + 8
         return fits_across and self.up.end - 4 <= box[1] and box[3] <= self.up.start - 2
 
-    def _overlaps(self, box: tuple[float, float, float, float]) -> int:
-        return sum(a < box[2] and box[0] < c and b < box[3] and box[1] < d for a, b, c, d in self.taken)
+    def _covered(self, box: tuple[float, float, float, float]) -> float:
+        left, top, right, bottom = box
+        sides = [(min(right, c) - max(left, a), min(bottom, d) - max(top, b)) for a, b, c, d in self.taken]
+        return sum(max(0.0, width) * max(0.0, height) for width, height in sides)
 
 
 def front_chart(
@@ -371,8 +372,7 @@ def timeline_chart(spans: Sequence[Span]) -> str:
     starts = [(span.start - first).total_seconds() for span in spans]
     last = max(start + (span.seconds or 0.0) for start, span in zip(starts, spans, strict=True)) or 1.0
     size, unit = (3600, "h") if last >= 3 * 3600 else (60, "min") if last >= 180 else (1, "s")
-    ends: list[float] = []
-    bars: list[tuple[Span, float, float, int]] = []
+    ends, bars = list[float](), list[tuple[Span, float, float, int]]()
     for start, span in sorted(zip(starts, spans, strict=True), key=lambda pair: pair[0]):
         end = last if span.seconds is None else start + span.seconds
         # Clocks of two processes may disagree a little; that must not open another lane.

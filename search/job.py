@@ -2,45 +2,385 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     PrivateAttr,
-    StringConstraints,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
-    field_serializer,
     field_validator,
     model_validator,
 )
-from typing_extensions import Self
 
-from paretune.search.job_errors import Problem, as_job_error
+from paretune.errors import JobError
+from paretune.search.job_errors import RuleError, as_job_error, short
 from paretune.search.job_types import (
-    ANY_OR_STRING,
-    RANGE_SCHEMA,
-    BitList,
+    TASK_NAMES,
+    Arguments,
+    AutoBool,
+    Bits,
     Constraint,
+    Factory,
+    Importances,
+    Name,
     ObjectiveName,
-    as_bits,
-    as_range,
-    as_text,
-    auto_or_bool,
+    RateRange,
+    ResolvedPath,
+    Section,
+    Source,
+    TaskName,
+    TemperatureRange,
+    WeightRange,
     folder_of,
-    in_bounds,
-    live_or_import,
-    plain,
+    home_folder,
     resolve_path,
     string_or_object,
-    unique,
 )
 from paretune.search.job_yaml import parse_yaml, read_yaml, write_yaml
-from paretune.spaces.plan import Importance
+
+__all__ = ["Constraint", "Job", "ObjectiveName", "job_schema", "load_job", "make_job"]
+
+
+class ModelSection(Section):
+    """The trained model to compress."""
+
+    factory: Factory = Field(
+        description="What builds the model: an import string 'package.module:function', 'timm:NAME' or "
+        "'torchvision:NAME'; from Python also a callable or a module."
+    )
+    args: Arguments = Field(default={}, description="Keyword arguments of the factory.")
+    weights: ResolvedPath = Field(
+        default=None,
+        description="State dictionary (.safetensors, .pt, .pth), relative to the job file; null: none.",
+    )
+
+
+class DataSection(Section):
+    """The data; a bare string stands for its source."""
+
+    model_config = ConfigDict(json_schema_extra=string_or_object)
+
+    source: Source = Field(
+        description="Built-in data (digits, fashion-mnist, npz, imagefolder) or import string of a function "
+        "that returns train, validation and test; from Python also a callable or Splits."
+    )
+    args: Arguments = Field(
+        default={}, description="Keyword arguments of the source; root and path are relative to the job file."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        plain = value is None or isinstance(value, bool | int | float | list | dict | DataSection)
+        return value if plain else {"source": value}
+
+    @field_validator("args")
+    @classmethod
+    def _resolve(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        found = {
+            key: str(resolve_path(value[key], info))
+            for key in ("root", "path")
+            if isinstance(value.get(key), str)
+        }
+        return {**value, **found}
+
+
+class SpaceSection(Section):
+    """What may be chosen. A range is [low, high], or one number that fixes it."""
+
+    prune: bool = Field(default=True, description="Whether channels are removed.")
+    quantize: bool = Field(default=True, description="Whether layers get a bit-width.")
+    max_ratio: float = Field(
+        default=0.75, gt=0, lt=1, description="Largest share of a group's channels removed, in (0, 1)."
+    )
+    bits: Bits = Field(
+        default="auto",
+        description="Bit-widths to choose from, from 2 to 32; auto: those the target's runtime executes.",
+    )
+    importance: Importances = Field(
+        default=["l1"], description="Rules for which channels go first: l1, l2, bn-scale, taylor, random."
+    )
+    temperature: TemperatureRange = Field(
+        default=(1.0, 8.0), description="Range of the distillation temperature, >= 1."
+    )
+    distillation_weight: WeightRange = Field(
+        default=(0.0, 1.0), description="Range of the teacher's share of the loss, in [0, 1]."
+    )
+    learning_rate: RateRange = Field(
+        default=(1e-4, 1e-2), description="Range of the peak learning rate, > 0, searched on a log scale."
+    )
+    exclude: list[str] = Field(
+        default=[],
+        description="Names of layers left as they are; glob patterns such as 'layer4.*' are allowed.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> SpaceSection:
+        if not self.prune and not self.quantize:
+            raise RuleError(
+                "must leave something to choose",
+                "prune: false and quantize: false",
+                "set one of them to true",
+            )
+        return self
+
+
+class FinetuneSection(Section):
+    """How a compressed model is trained to recover."""
+
+    epochs: float = Field(
+        default=1.0, gt=0, description="Passes over the training data in a trial, > 0; fractions are fine."
+    )
+    batch_size: int = Field(default=128, ge=1, description="Samples a training step.")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw, or sgd with momentum.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay, >= 0.")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises, in [0, 1)."
+    )
+    gradient_clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="Largest norm of the gradient, > 0; null for no limit."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Float format of training; auto: bfloat16 where the hardware has it."
+    )
+    channels_last: AutoBool = Field(
+        default="auto", description="Memory layout of images in training: true, false or auto."
+    )
+    quantized_share: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Share of the steps, the last ones, with fake quantization on, in [0, 1].",
+    )
+    calibration_batches: int = Field(
+        default=4, ge=1, description="Batches from which the ranges of activations are read."
+    )
+
+
+class TargetSection(Section):
+    """Where the artifact will run, and is measured."""
+
+    runtime: str = Field(
+        default="openvino",
+        min_length=1,
+        description="What executes the artifact, e.g. openvino, onnxruntime.",
+    )
+    device: str = Field(default="cpu", min_length=1, description="The runtime's device, e.g. cpu, cuda.")
+    batch_size: int = Field(default=1, ge=1, description="Samples in one timed call.")
+    threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
+
+
+class SearchSection(Section):
+    """How long and how to search."""
+
+    trials: Annotated[int, Field(ge=1)] | None = Field(
+        default=60, description="Number of trials, >= 1; null: until the timeout."
+    )
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Seconds after which no trial is started, > 0; null: no limit."
+    )
+    sampler: Literal["tpe", "nsga2", "gp", "random", "uniform"] = Field(
+        default="tpe", description="What proposes plans: tpe, nsga2, gp, random or uniform."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the sampler and of the trials, in [0, 2^32)."
+    )
+    workers: int = Field(default=1, ge=1, description="Trials at a time, each in a process of its own.")
+    executor: Literal["local"] = Field(default="local", description="Where the workers run: local.")
+    trial_timeout: float = Field(
+        default=900.0, gt=0, description="Seconds after which a trial is stopped as failed, > 0."
+    )
+    uniform_trials: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="How many plans with one ratio and one width throughout come first; null: automatic.",
+    )
+
+    @model_validator(mode="after")
+    def _ends(self) -> SearchSection:
+        if self.trials is None and self.timeout is None:
+            raise RuleError(
+                "must end", "trials: null and timeout: null", "give search.trials or search.timeout"
+            )
+        return self
+
+
+class VerifySection(Section):
+    """How the front is verified on the test split when the search is over."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Passes over the training data for each point, > 0; null: twice finetune.epochs.",
+    )
+    rounds: int = Field(
+        default=3, ge=1, description="Separate rounds in which the points are measured together."
+    )
+    points: Annotated[int, Field(ge=1)] | None = Field(
+        default=12, description="How many points of the front are verified, spread over it; null: all."
+    )
+
+
+class Job(Section):
+    """What to compress, for which target, and how to search. Paths are absolute once it is read."""
+
+    name: Name = Field(
+        description="Name of the job: letters, digits, '.', '_' and '-'; the run folder is named after it."
+    )
+    model: ModelSection = Field(description="The trained model to compress: factory, args, weights.")
+    teacher: Literal["same"] | None = Field(
+        default="same",
+        description="What teaches the compressed models: same, the dense model; null: nothing.",
+    )
+    data: DataSection = Field(description="The data: source and args, or the source alone.")
+    task: TaskName = Field(
+        default="classification",
+        description="classification, regression, or the import string of a Task; from Python a Task.",
+    )
+    space: SpaceSection = Field(default=SpaceSection(), description="What may be chosen.")
+    finetune: FinetuneSection = Field(
+        default=FinetuneSection(), description="How a compressed model is trained."
+    )
+    target: TargetSection = Field(
+        default=TargetSection(), description="Where the artifact runs and is measured."
+    )
+    objectives: Annotated[list[ObjectiveName], AfterValidator(lambda value: _objectives(value))] = Field(
+        default=["accuracy", "latency_ms"],
+        description="Two to four of accuracy, latency_ms, size_bytes, params, macs; accuracy is always one.",
+    )
+    constraints: list[Constraint] = Field(
+        default=[],
+        description="Bounds such as 'accuracy >= 0.9' or 'latency_ms <= 5' that the front must keep.",
+    )
+    search: SearchSection = Field(default=SearchSection(), description="How long and how to search.")
+    verify: VerifySection = Field(default=VerifySection(), description="How the front is verified.")
+    storage: str | None = Field(
+        default=None, description="Database URL of the Optuna study; null: SQLite in the run folder."
+    )
+    results: str = Field(
+        default="results",
+        validate_default=True,
+        min_length=1,
+        description="Folder in which the run folder is made, relative to the working directory.",
+    )
+    python_path: list[str] = Field(
+        default=[],
+        description="Folders put on sys.path before import strings are resolved, relative to the job file; "
+        "by default the job file's.",
+    )
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the job file; the working directory for a job made in Python."""
+        return self._folder
+
+    @field_validator("results")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return str(Path(value).expanduser().resolve())
+
+    @field_validator("python_path")
+    @classmethod
+    def _absolute_folders(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        return [str(resolve_path(folder, info)) for folder in value]
+
+    @model_validator(mode="after")
+    def _remember(self, info: ValidationInfo) -> Job:
+        self._folder = folder_of(info)
+        for position, constraint in enumerate(self.constraints):
+            bounded = constraint.name == "accuracy" and constraint.op == ">=" and constraint.value > 1
+            if bounded and self.task in TASK_NAMES:
+                remedy = f"write a share, e.g. {constraint.value / 100:g} for {constraint.value:g} %"
+                raise RuleError(
+                    "must be at most 1 for accuracy", str(constraint), remedy, key=f"constraints[{position}]"
+                )
+        return self
+
+    def add_python_path(self) -> None:
+        """Put the folders of `python_path` on `sys.path`; call it before import strings are resolved."""
+        from paretune.objectives.imports import add_to_path
+
+        add_to_path(self.python_path)
+
+    def to_yaml(self) -> str:
+        """The resolved job, every default written out, which `load_job` reads from any folder.
+
+        A live object is written as its import string where it can be imported, and as ``<live NAME>``
+        elsewhere; such a job can be read, but not run again without the object.
+        """
+        content = self.model_dump(mode="json")
+        homes = [home_folder(value) for value in (self.model.factory, self.data.source, self.task)]
+        content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))
+        return write_yaml(content)
+
+
+def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file.
+
+    Args:
+        path: The file, or a folder (a run) with a ``job.yaml`` in it.
+        overrides: ``"search.trials=10"`` and the like; values are YAML, paths relative to the job file.
+
+    Raises:
+        JobError: The file or an override is wrong; one error lists all mistakes.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "job.yaml").is_file():
+        path = path / "job.yaml"
+    content = read_yaml(path)
+    for override in overrides:
+        _override(content, override)
+    folder = path.resolve().parent
+    return make_job({"python_path": [str(folder)], **content}, folder=folder, source=path.name)
+
+
+def make_job(content: Mapping[str, Any], *, folder: Path | None = None, source: str = "job") -> Job:
+    """Make a job of nested keys, which may hold live objects (callables, modules, `Splits`, tasks).
+
+    Args:
+        content: The keys of a job.
+        folder: What paths are relative to; None is the working directory.
+        source: What messages call it.
+
+    Raises:
+        JobError: Something is wrong; one error lists all mistakes.
+    """
+    try:
+        return Job.model_validate(dict(content), context={"folder": folder})
+    except ValidationError as error:
+        raise as_job_error(error, Job, source=source) from error
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of job files, for editors."""
+    schema = Job.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _objectives(value: list[ObjectiveName]) -> list[ObjectiveName]:
+    if "accuracy" not in value or not 2 <= len(set(value)) == len(value) <= 4:
+        rule = "must be two to four different ones, accuracy among them"
+        raise RuleError(rule, short(value), "write e.g. [accuracy, latency_ms]")
+    return value
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise JobError("override", "must be KEY=VALUE", repr(override), "write e.g. search.trials=10")
+    section = content
+    for position, part in enumerate(parts[:-1]):
+        if section.get(part) is None:
+            section[part] = {}
+        elif parts[position] == "data" and position == 0 and isinstance(section[part], str):
+            section[part] = {"source": section[part]}
+        section = section[part]
+        if not isinstance(section, dict):
+            got = f"{key.strip()!r}, and {'.'.join(parts[: position + 1])} is {short(section)}"
+            raise JobError("override", "must name a key of a section", got, "override the whole key instead")
+    section[parts[-1]] = parse_yaml(text, where=f"override {key.strip()}")

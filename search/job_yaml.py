@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -42,7 +42,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
         JobError: It isn't YAML, or a mapping has a key twice.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # A subclass of SafeLoader.
+        return yaml.load(text, Loader=_Loader)
     except _DuplicateKeyError as error:
         raise JobError(where, "must have each key once", error, "remove one of them") from error
     except yaml.MarkedYAMLError as error:
@@ -68,7 +68,9 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+"), "-+0123456789"),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+        re.compile(
+            r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
+        ),
         "-+0123456789.",
     ),
     ("tag:yaml.org,2002:null", re.compile(r"~|null|Null|NULL|"), "~nN\0"),
@@ -88,7 +90,7 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = _resolvers()
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = _resolvers()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -96,14 +98,16 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 if key.value in lines:
-                    raise _DuplicateKeyError(f"{key.value!r} in line {lines[key.value]} and again in line {line}")
+                    raise _DuplicateKeyError(
+                        f"{key.value!r} in line {lines[key.value]} and again in line {line}"
+                    )
                 lines[key.value] = line
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
     # What the loader reads as a number or a boolean has to be quoted where it is a text.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = _resolvers()
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = _resolvers()
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

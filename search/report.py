@@ -89,7 +89,9 @@ def _replace(path: Path, text: str) -> None:
 
 def _counts(run: RunFiles) -> str:
     states = run.states
-    infeasible = sum(trial.get("feasible", "").lower() == "false" for trial in run.trials)
+    infeasible = sum(
+        _shape(trial) == "infeasible" for trial in run.trials if trial.get("state") == "COMPLETE"
+    )
     names = {**charts.STATES, "WAITING": "waiting"}
     if infeasible:
         names["COMPLETE"] += f" ({infeasible} of them infeasible)"
@@ -142,7 +144,8 @@ def _shape(trial: Mapping[str, str]) -> charts.Shape:
         return "pruned"
     if trial.get("feasible", "").lower() == "false":
         return "infeasible"
-    return {"uniform": "uniform", "dense": "dense"}.get(trial.get("source", ""), "trial")  # type: ignore[return-value]
+    source = trial.get("source")
+    return "uniform" if source == "uniform" else "dense" if source == "dense" else "trial"
 
 
 def _front_picture(run: RunFiles) -> str:

@@ -125,7 +125,7 @@ def _npz_split(archive: Any, path: str, name: str) -> Split:
 def _stratified(
     labels: Tensor, positions: Tensor, size: float | int, *, seed: int, where: str
 ) -> tuple[Tensor, Tensor]:
-    """Part the positions in two, the second of `size` (share or count), each with the classes in proportion."""
+    """Part the positions in two, the second of `size` (share or count), with the classes in proportion."""
     from sklearn.model_selection import train_test_split
 
     try:

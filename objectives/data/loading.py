@@ -69,7 +69,7 @@ def _find(source: str | Callable[..., Any]) -> Callable[..., Any]:
         if ":" not in source and not source.startswith("<live "):
             if source not in BUILTIN:
                 remedy = (
-                    f"{closest(source, BUILTIN)} (functions of your own are written 'package.module:function')"
+                    f"{closest(source, BUILTIN)} (your own functions are written 'package.module:function')"
                 )
                 raise JobError(
                     "data.source", "must be a built-in name or an import string", repr(source), remedy

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino
 from torch import nn
 
@@ -53,7 +54,7 @@ class OpenVINO(Runtime):
             "ENABLE_CPU_PINNING": options.purpose == "measure",
             "PERF_COUNT": options.purpose == "profile",
         }
-        return _Session(self._core.compile_model(model, "CPU", config))
+        return _Session(self._core.compile_model(model, "CPU", config), _output_producers(path))
 
 
 def _device(device: str) -> None:
@@ -61,9 +62,17 @@ def _device(device: str) -> None:
         raise JobError("target.device", "must be 'cpu' for the runtime 'openvino'", repr(device), "use cpu")
 
 
+def _output_producers(path: Path) -> dict[str, str]:
+    """Output name to the node that makes it: OpenVINO calls the last operation after the output, not the node."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    producers = {output: node.name for node in graph.node for output in node.output}
+    return {output.name: producers[output.name] for output in graph.output if output.name in producers}
+
+
 class _Session(Session):
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, aliases: dict[str, str]) -> None:
         self._compiled = compiled
+        self._aliases = aliases
         self._request = compiled.create_infer_request()
 
     def run(self, inputs: Arrays) -> Array:
@@ -89,7 +98,9 @@ class _Session(Session):
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
                 for name in info.get("originalLayersNames", "").split(","):
-                    reports[name] = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
+                    # An operation whose bias is all zero keeps no other name than this.
+                    name = name.removesuffix("/WithoutBiases")
+                    reports[self._aliases.get(name, name)] = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
         return reports
 
     def _times(self) -> dict[str, float]:

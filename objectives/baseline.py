@@ -1,0 +1,128 @@
+"""The baseline: the dense model on the same target in its best float format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from paretune.objectives.artifact import MODEL, Card, load_session, replace_folder, save_artifact
+from paretune.objectives.compress import compress_numerics
+from paretune.objectives.device import Device
+from paretune.objectives.latency import Latency, measure_paired
+from paretune.objectives.measurement import Measurement
+from paretune.objectives.problem import Problem
+from paretune.objectives.runtimes import LoadOptions, Runtime, Session, get_runtime
+from paretune.objectives.runtimes.base import FORMAT_OF_BITS
+from paretune.objectives.scoring import artifact_outputs
+from paretune.spaces.analysis import Analysis
+from paretune.spaces.plan import CompressionPlan
+
+_TOLERANCE = 0.001
+"""A float format may cost this much accuracy and still be the best one: bf16's rounding shows in the fourth digit."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The measured dense model; an artifact folder."""
+
+    folder: Path
+
+    @cached_property
+    def card(self) -> Card:
+        """Its card, with the measurement on the validation split."""
+        return Card.read(self.folder)
+
+    @property
+    def float_bits(self) -> int:
+        """Width of its best float format."""
+        return self.card.float_bits
+
+    @property
+    def measurement(self) -> Measurement:
+        """On the validation split."""
+        return Measurement(**self.card.metrics["validation"])
+
+    def session(self) -> Session:
+        """Load it for measuring."""
+        return load_session(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As front.json has it."""
+        return {"format": FORMAT_OF_BITS[self.float_bits], **self.card.metrics}
+
+
+def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_bits: tuple[int, ...] = ()) -> Baseline:
+    """Deploy the dense model in each float format of the target, keep the fastest that costs no accuracy.
+
+    Args:
+        problem: Model, data, task, target.
+        analysis: Of the model.
+        folder: Where the artifact goes.
+        float_bits: Float widths to try; those that the runtime executes where empty.
+    """
+    runtime = get_runtime(problem.target.runtime)
+    device = Device(problem.target.device)
+    plan = CompressionPlan()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as made, device.shared():
+        work = Path(made) / "baseline"
+        work.mkdir()
+        module = compress_numerics(problem.model.build(), plan, problem.context([]))
+        runtime.deploy(module, problem.example, work / MODEL)
+        floats = float_bits or runtime.capabilities(problem.target.device).float_bits
+        scores = {bits: _score(problem, runtime, work / MODEL, bits) for bits in floats}
+        with device.exclusive():
+            latencies = _latencies(problem, runtime, work / MODEL, floats)
+        good = [bits for bits in floats if scores[bits] >= max(scores.values()) - _TOLERANCE]
+        best = min(good, key=lambda bits: latencies[bits].median_ms)
+        latency = latencies[best]
+        measurement = Measurement(
+            accuracy=scores[best],
+            latency_ms=latency.median_ms,
+            latency_low_ms=latency.low_ms,
+            latency_high_ms=latency.high_ms,
+            speedup=latency.speedup,
+            size_bytes=(work / MODEL).stat().st_size,
+            params=analysis.params,
+            macs=analysis.macs,
+        )
+        session = runtime.load(work / MODEL, _options(problem, best))
+        save_artifact(work, module, plan, session, problem, float_bits=best, validation=measurement)
+        replace_folder(work, folder)
+    return Baseline(folder)
+
+
+def profile_layers(problem: Problem, baseline: Baseline) -> dict[str, float]:
+    """Each layer's share of the baseline's latency, by the runtime's own profiler; median of some calls."""
+    runtime = get_runtime(problem.target.runtime)
+    options = replace(_options(problem, baseline.float_bits), purpose="profile")
+    session = runtime.load(baseline.folder / MODEL, options)
+    batch = problem.batch()
+    with Device(problem.target.device).exclusive():
+        reports = []
+        for _ in range(11):
+            session.run(batch)
+            reports.append(session.layers())
+    return {name: sorted(report[name].share for report in reports)[5] for name in reports[0]}
+
+
+def _options(problem: Problem, bits: int) -> LoadOptions:
+    return LoadOptions(problem.target.batch_size, problem.target.threads, bits)
+
+
+def _score(problem: Problem, runtime: Runtime, path: Path, bits: int) -> float:
+    validation = problem.splits.validation
+    return problem.task.metric(artifact_outputs(runtime, path, _options(problem, bits), validation), validation.targets)
+
+
+def _latencies(problem: Problem, runtime: Runtime, path: Path, floats: tuple[int, ...]) -> dict[int, Latency]:
+    """Each format paired with itself, so that its speed-up is 1 but for the noise of the clock."""
+    batch = problem.batch()
+    latencies = {}
+    for bits in floats:
+        calls = [runtime.load(path, _options(problem, bits)).bind(batch) for _ in range(2)]
+        latencies[bits] = measure_paired(*calls)
+    return latencies
