@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, Session, get_runtime
 from paretune.objectives.scoring import artifact_outputs
+from paretune.objectives.verify import Verified, verify
 from paretune.spaces.analysis import count_macs
 from paretune.spaces.plan import CompressionPlan
 
@@ -156,6 +157,10 @@ class Evaluator:
                 )
                 replace_folder(work, folder)
         return Record(measurement, early.median_ms, early_size, executed, trial.watch.seconds, noisy)
+
+    def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
+        """Measure artifacts together and score them on validation and test; see `paretune.objectives.verify`."""
+        return verify(self._problem, self._baseline.folder, folders, rounds=rounds)
 
     def _float_bits(self, plan: CompressionPlan) -> int:
         floats = {bits for bits in plan.quantize.bits.values() if bits > 8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,8 +154,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own message tells users to switch the protection off.
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        got = f"{path} with {blocked[1] if blocked else 'something else'}"
         remedy = "save model.state_dict(), not the whole model: pickled code is never loaded"
-        raise JobError("model.weights", "must hold tensors alone", f"{path} ({error})", remedy) from error
+        raise JobError("model.weights", "must hold tensors alone", got, remedy) from error
     except Exception as error:  # safetensors raises an exception class of its own, torch several.
         got = f"{path} ({type(error).__name__}: {error})"
         raise JobError("model.weights", "must be a readable file of weights", got, "save it again") from error

@@ -3,6 +3,8 @@
 Every message states the rule, then the value that broke it, then the remedy.
 """
 
+from __future__ import annotations
+
 
 class ParetuneError(Exception):
     """Root of every error that paretune raises on purpose."""
@@ -24,6 +26,10 @@ class JobError(ParetuneError):
         self.rule = rule
         self.got = got
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[JobError], tuple[str, str, object, str]]:
+        # Exceptions pickle as their class and args; args hold the text alone, and workers send errors home.
+        return type(self), (self.where, self.rule, self.got, self.remedy)
 
 
 class TrialError(ParetuneError):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from paretune.search.job_types import Constraint
 
 Metrics = Mapping[str, Any]
 
@@ -23,22 +25,15 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 
 
-class Constraint(NamedTuple):
-    """A bound on one metric of a measurement, e.g. ``("accuracy", ">=", 0.9)``."""
-
-    name: str
-    operator: str
-    bound: float
-
-    def violation(self, metrics: Metrics) -> float:
-        """By how much the bound is broken, in the metric's own unit; 0 or less where it holds."""
-        value = float(metrics[self.name])
-        return self.bound - value if self.operator == ">=" else value - self.bound
+def violation(constraint: Constraint, metrics: Metrics) -> float:
+    """By how much a bound is broken, in the metric's own unit; 0 or less where it holds."""
+    value = float(metrics[constraint.name])
+    return constraint.value - value if constraint.op == ">=" else value - constraint.value
 
 
 def feasible(metrics: Metrics, constraints: Sequence[Constraint]) -> bool:
     """Whether every bound holds."""
-    return all(constraint.violation(metrics) <= 0 for constraint in constraints)
+    return all(violation(constraint, metrics) <= 0 for constraint in constraints)
 
 
 def _compare(a: Metrics, b: Metrics, name: str) -> int:

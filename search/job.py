@@ -231,9 +231,10 @@ class Job(Section):
         description="Name of the job: letters, digits, '.', '_' and '-'; the run folder is named after it."
     )
     model: ModelSection = Field(description="The trained model to compress: factory, args, weights.")
-    teacher: Literal["same"] | None = Field(
+    teacher: Literal["same"] | ModelSection | None = Field(
         default="same",
-        description="What teaches the compressed models: same, the dense model; null: nothing.",
+        description="What teaches the compressed models: same, the dense model; another model (factory, args, "
+        "weights); null: nothing.",
     )
     data: DataSection = Field(description="The data: source and args, or the source alone.")
     task: TaskName = Field(
@@ -255,7 +256,7 @@ class Job(Section):
         default=[],
         description="Bounds such as 'accuracy >= 0.9' or 'latency_ms <= 5' that the front must keep.",
     )
-    search: SearchSection = Field(default=SearchSection(), description="How long and how to search.")
+    search: SearchSection = Field(default=SearchSection(), description="How long to search, and how.")
     verify: VerifySection = Field(default=VerifySection(), description="How the front is verified.")
     storage: str | None = Field(
         default=None, description="Database URL of the Optuna study; null: SQLite in the run folder."

@@ -200,7 +200,8 @@ def from_dataset(
     inputs, targets = collate([dataset[0]])
     again, targets_again = collate([dataset[0]])
     first, second = [*tensors(inputs).values(), targets], [*tensors(again).values(), targets_again]
-    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+    # NaN differs from itself; it is reported later, as NaN.
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
         raise JobError(
             "data.source",
             "must give datasets that return the same sample at every read",

@@ -1,0 +1,54 @@
+"""The seam of the executors: what runs requests, and how their outcomes come back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from paretune.search.requests import Request
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a request.
+
+    Attributes:
+        number: The request's number.
+        result: What it returned; None where it failed.
+        error: One line that says why it failed; empty where it didn't.
+        details: The traceback, or what else is known of a failure.
+    """
+
+    number: int
+    result: Any = None
+    error: str = ""
+    details: str = ""
+
+
+class Executor(ABC):
+    """Runs requests in processes of its own. The search submits while `free` is positive, then waits.
+
+    Attributes:
+        free: How many requests can be submitted now.
+    """
+
+    free: int
+
+    @abstractmethod
+    def submit(self, number: int, request: Request) -> None:
+        """Begin a request; `number` names it in its outcome."""
+
+    @abstractmethod
+    def wait(self, timeout: float) -> list[Outcome]:
+        """The requests that ended since the last call; blocks up to `timeout` seconds for the first.
+
+        A request whose worker died or overran its deadline ends with an error; the worker is replaced.
+
+        Raises:
+            SearchError: No worker can be started.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers at once, with what they run."""

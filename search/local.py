@@ -1,0 +1,160 @@
+"""Local workers: processes that can be killed, each reused while it is healthy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from paretune.errors import SearchError
+from paretune.search.executor import Executor, Outcome
+from paretune.search.job import Job
+from paretune.search.requests import Request
+
+_START_LIMIT = 3
+"""So many workers in a row may die before they are ready; then the search ends."""
+
+
+class LocalExecutor(Executor):
+    """Runs requests on this machine.
+
+    Workers are programs of their own and not forks: a fork would copy the threads' locks of torch and OpenVINO, and
+    spawning through multiprocessing would run the user's script again.
+
+    Args:
+        job: What each worker loads.
+        run: The run folder; the workers' output is appended to its `workers.log`.
+        workers: How many, at least 1. Each trains with its share of the cores.
+        deadline: Seconds after which a request is stopped.
+    """
+
+    def __init__(self, job: Job, run: Path, *, workers: int, deadline: float) -> None:
+        self.free = workers
+        self._setup = cloudpickle.dumps((job, run))
+        self._log = run / "workers.log"
+        self._threads = max(1, _cores() // workers)
+        self._deadline = deadline
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+        self._size = workers
+
+    def submit(self, number: int, request: Request) -> None:
+        worker = next((worker for worker in self._workers if worker.number is None), None)
+        if worker is None:
+            worker = _Worker.start(self._setup, self._log, self._threads)
+            self._workers.append(worker)
+        worker.begin(number, request)
+        self.free -= 1
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        end = time.monotonic() + timeout
+        outcomes: list[Outcome] = []
+        while not outcomes:
+            busy = {worker.connection: worker for worker in self._workers if worker.number is not None}
+            limits = [end, *(worker.started + self._deadline for worker in busy.values())]
+            pause = max(0.0, min(limits) - time.monotonic())
+            for ready in wait(list(busy), timeout=pause):
+                outcomes += self._receive(busy[ready])  # type: ignore[index]
+            outcomes += [self._kill(worker) for worker in list(busy.values()) if self._overdue(worker)]
+            if time.monotonic() >= end:
+                break
+        self.free += len(outcomes)
+        return outcomes
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+    def _receive(self, worker: _Worker) -> list[Outcome]:
+        number = worker.number
+        assert number is not None
+        try:
+            message = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return [self._bury(worker, number)]
+        if message == "ready":
+            self._failed_starts = 0
+            worker.is_ready = True
+            worker.started = time.monotonic()
+            return []
+        worker.number = None
+        result, error, details = message
+        return [Outcome(number, result, error, details)]
+
+    def _bury(self, worker: _Worker, number: int) -> Outcome:
+        self._workers.remove(worker)
+        worker.kill()
+        code = worker.process.wait()
+        if not worker.is_ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _START_LIMIT:
+                raise SearchError(
+                    f"workers must start, but {_START_LIMIT} in a row died (exit code {code}); see {self._log}"
+                )
+        cause = f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        hint = "; perhaps the machine ran out of memory" if code == -signal.SIGKILL else ""
+        return Outcome(number, error=f"the worker process died ({cause}{hint})", details=f"see {self._log.name}")
+
+    def _overdue(self, worker: _Worker) -> bool:
+        return worker.number is not None and time.monotonic() >= worker.started + self._deadline
+
+    def _kill(self, worker: _Worker) -> Outcome:
+        number = worker.number
+        assert number is not None
+        self._workers.remove(worker)
+        worker.kill()
+        return Outcome(number, error=f"it overran its deadline of {self._deadline:g} s (search.trial_timeout)")
+
+
+@dataclass
+class _Worker:
+    """A worker process, and the number of the request that it runs."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection[Any, Any]
+    started: float
+    number: int | None = None
+    is_ready: bool = False
+
+    @classmethod
+    def start(cls, setup: bytes, log: Path, threads: int) -> _Worker:
+        ours, theirs = socket.socketpair()
+        # Thread pools read these when torch is imported, so they can't be set later.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        with log.open("ab") as output, theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "paretune.search.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,  # Ctrl-C in the terminal is for the search, which then ends its workers
+            )
+        connection: Connection[Any, Any] = Connection(ours.detach())
+        connection.send_bytes(setup)
+        return cls(process, connection, time.monotonic())
+
+    def begin(self, number: int, request: Request) -> None:
+        self.number = number
+        self.started = time.monotonic()
+        self.connection.send_bytes(cloudpickle.dumps(request))
+
+    def kill(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,121 @@
+"""From the job to what the objectives work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import JobError
+from paretune.objectives.baseline import Baseline
+from paretune.objectives.data import load_splits
+from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.finetune import TrainOptions
+from paretune.objectives.models import ModelSource
+from paretune.objectives.problem import Problem
+from paretune.objectives.runtimes import Capabilities, Target, get_runtime
+from paretune.objectives.tasks import load_task
+from paretune.search.job import Job, ModelSection
+from paretune.spaces.analysis import Analysis
+from paretune.spaces.graph import execution_order
+from paretune.spaces.space import Options, SearchSpace, make_space
+
+BASELINE = "baseline"
+"""Folder of the dense artifact in a run."""
+
+
+def load_problem(job: Job) -> Problem:
+    """Import, load and check everything that a job names.
+
+    Raises:
+        JobError: Something of it is wrong.
+    """
+    job.add_python_path()
+    target = Target(**job.target.model_dump())
+    get_runtime(target.runtime).capabilities(target.device)
+    teacher = job.teacher if isinstance(job.teacher, ModelSection) else None
+    problem = Problem(
+        model=_source(job.model),
+        splits=load_splits(job.data.source, job.data.args),
+        task=load_task(job.task),
+        target=target,
+        training=TrainOptions(**job.finetune.model_dump()),
+        teacher=_source(teacher) if teacher else None,
+        exclude=tuple(job.space.exclude),
+    )
+    problem.check()
+    return problem
+
+
+def _source(section: ModelSection) -> ModelSource:
+    return ModelSource(section.factory, section.args, Path(section.weights) if section.weights else None)
+
+
+def load_evaluator(job: Job, run: Path) -> Evaluator:
+    """The evaluator of a worker; the run holds the baseline already."""
+    problem = load_problem(job)
+    layers = list(execution_order(problem.model.build(), problem.forward))
+    return Evaluator(problem, Baseline(run / BASELINE), layers)
+
+
+def float_widths(job: Job) -> tuple[int, ...]:
+    """Float widths among which the job lets the baseline choose.
+
+    Raises:
+        JobError: A width that the target's runtime doesn't execute, or two float widths.
+    """
+    capabilities = _capabilities(job)
+    if job.space.bits == "auto":
+        return capabilities.float_bits
+    known = set(capabilities.float_bits).union(*capabilities.integer_bits.values())
+    for width in job.space.bits:
+        if width not in known:
+            raise JobError(
+                "space.bits",
+                f"must be widths that the runtime {job.target.runtime!r} executes on {job.target.device!r}",
+                width,
+                f"use some of {sorted(known, reverse=True)}",
+            )
+    floats = tuple(width for width in job.space.bits if width > 8)
+    if len(floats) > 1:
+        raise JobError(
+            "space.bits",
+            f"must name at most one float width: {job.target.runtime!r} runs all unquantized layers in one",
+            list(floats),
+            "leave one out, or use auto, which takes the faster",
+        )
+    return floats or capabilities.float_bits
+
+
+def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, tuple[int, ...]]:
+    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing."""
+    if not job.space.quantize:
+        return {}
+    capabilities = _capabilities(job)
+    allowed: Any = {8, float_bits} if job.space.bits == "auto" else set(job.space.bits)
+    excluded = {entry.layer for entry in analysis.frozen if "space.exclude" in entry.reason}
+    widths = {}
+    for layer in analysis.layers:
+        integers = capabilities.integer_bits.get(layer.kind, ())
+        offered = tuple(width for width in (float_bits, *integers) if width in allowed)
+        widths[layer.name] = (float_bits,) if layer.name in excluded or not offered else offered
+    return widths
+
+
+def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace:
+    """The search space of a job."""
+    space = job.space
+    weight = (0.0, 0.0) if job.teacher is None else space.distillation_weight
+    options = Options(
+        prune=space.prune,
+        max_ratio=space.max_ratio,
+        importance=tuple(space.importance),
+        temperature=(space.temperature[0],) * 2 if job.teacher is None else space.temperature,
+        distillation_weight=weight,
+        learning_rate=space.learning_rate,
+    )
+    return make_space(analysis, layer_widths(job, analysis, float_bits), options)
+
+
+def _capabilities(job: Job) -> Capabilities:
+    return get_runtime(job.target.runtime).capabilities(job.target.device)

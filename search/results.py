@@ -1,0 +1,135 @@
+"""What a run writes for others to read: `front.json` and `trials.csv`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paretune.objectives.baseline import Baseline
+from paretune.objectives.verify import Verified
+from paretune.errors import JobError
+from paretune.search.front import DIRECTIONS, feasible, pareto_front
+from paretune.search.problem import BASELINE
+from paretune.search.study import SearchStudy, TrialRow
+
+SCHEMA = 1
+_METRICS = (
+    "accuracy",
+    "latency_ms",
+    "latency_low_ms",
+    "latency_high_ms",
+    "speedup",
+    "size_bytes",
+    "params",
+    "macs",
+)
+
+
+def candidates(study: SearchStudy) -> list[TrialRow]:
+    """The front of the search so far, fastest first: feasible trials that no other one beats on validation."""
+    rows = [row for row in study.rows() if row.feasible]
+    front = pareto_front([row.measurement.to_dict() for row in rows], study.objectives)
+    return [rows[i] for i in front]
+
+
+def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[int, Verified] | None = None) -> None:
+    """Write `front.json`, in one step, so that a reader never sees half of it.
+
+    Args:
+        run: The run folder.
+        study: The trials.
+        metric: What the task calls its accuracy.
+        verified: Trial number to its verification. Once given, the front is made of these trials alone, judged by
+            their verified values on the validation split. The test split is reported and decides nothing.
+    """
+    rows = {row.number: row for row in study.rows()}
+    if verified is None:
+        points = [_point(run, row, run / "trials" / str(row.number) / "artifact") for row in candidates(study)]
+    else:
+        good = {n: v for n, v in verified.items() if feasible(v.validation.to_dict(), study.constraints)}
+        order = list(good)
+        front = pareto_front([good[n].validation.to_dict() for n in order], study.objectives)
+        points = [
+            _point(run, rows[order[i]], good[order[i]].folder)
+            | {"validation": good[order[i]].validation.to_dict(), "test": good[order[i]].test.to_dict()}
+            for i in front
+        ]
+    baseline = Baseline(run / BASELINE)
+    data = {
+        "schema": SCHEMA,
+        "run": run.name,
+        "verified": verified is not None,
+        "target": baseline.card.to_dict()["target"],
+        "metric": metric,
+        "objectives": [{"name": name, "direction": DIRECTIONS[name]} for name in study.objectives],
+        "baseline": baseline.to_dict(),
+        "points": points,
+    }
+    _replace(run / "front.json", json.dumps(data, indent=2) + "\n")
+
+
+def _point(run: Path, row: TrialRow, artifact: Path) -> dict[str, Any]:
+    assert row.plan is not None
+    return {
+        "trial": row.number,
+        "plan": row.plan.to_dict(),
+        "plan_hash": row.plan.hash,
+        "artifact": str(artifact.relative_to(run)),
+        "validation": row.measurement.to_dict(),
+    }
+
+
+def read_front(run: Path) -> dict[str, Any]:
+    """A run's `front.json`.
+
+    Raises:
+        JobError: There is none, or it has another schema.
+    """
+    path = run / "front.json"
+    if not path.is_file():
+        raise JobError("run", "must be a folder with a front.json", run, "name a run folder below results/")
+    data: dict[str, Any] = json.loads(path.read_text())
+    if data.get("schema") != SCHEMA:
+        raise JobError("front.json", f"must have schema {SCHEMA}", data.get("schema"), "use the version that wrote it")
+    return data
+
+
+def write_trials(run: Path, study: SearchStudy) -> None:
+    """Write `trials.csv`: one line a trial, its metrics, then its parameters."""
+    rows = study.rows()
+    names = sorted({name for row in rows for name in row.trial.params})
+    header = [
+        "trial", "state", "source", *_METRICS, "feasible", "seconds", "started", "plan_hash", "error", *names
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        started = row.trial.datetime_start
+        metrics: Mapping[str, Any] = row.measurement.to_dict() if row.record else {}
+        line = {
+            "trial": row.number,
+            "state": row.trial.state.name,
+            "source": row.source,
+            **metrics,
+            "feasible": str(row.feasible).lower() if row.record else "",
+            "seconds": "" if row.seconds is None else round(row.seconds, 3),
+            "started": started.isoformat() if started else "",
+            "plan_hash": row.plan.hash if row.plan else "",
+            "error": row.error,
+            **row.trial.params,
+        }
+        lines.append([line.get(name, "") for name in header])
+    path = run / "trials.csv"
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *lines])
+    os.replace(partial, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

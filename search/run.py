@@ -1,0 +1,260 @@
+"""Running a job: from the run folder to the verified front."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import JobError, SearchError
+from paretune.objectives.baseline import Baseline, make_baseline, profile_layers
+from paretune.objectives.environment import environment
+from paretune.objectives.problem import Problem
+from paretune.search.executor import Executor, Outcome
+from paretune.search.job import Job, load_job, make_job
+from paretune.search.local import LocalExecutor
+from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space
+from paretune.search.report import write_report
+from paretune.search.requests import Evaluate
+from paretune.search.results import candidates, write_front, write_trials
+from paretune.search.samplers import SAMPLERS
+from paretune.search.study import Proposal, SearchStudy, study_url
+from paretune.search.verify_front import verify_front
+from paretune.spaces.analysis import Analysis
+from paretune.spaces.space import SearchSpace
+
+Report = Callable[[str], None]
+"""Takes a line for the user."""
+
+_POLL = 1.0
+
+
+def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = None) -> Path:
+    """Run a job to its verified front.
+
+    Args:
+        job: A `Job`, a job file, or the keys of one as a mapping, in which live objects (a callable or module as
+            `model.factory`, a callable or `Splits` as `data.source`, a `Task`) may stand for import strings.
+        report: Takes one line for each thing that happens; by default they go to stderr.
+
+    Returns:
+        The run folder, with `front.json`, `trials.csv`, `report.html` and the artifacts.
+
+    Raises:
+        JobError: The job is wrong; nothing was spent.
+        SearchError: No trial succeeded, or none is feasible.
+    """
+    if isinstance(job, str | Path):
+        job = load_job(job)
+    elif not isinstance(job, Job):
+        job = make_job(job)
+    report = report or _to_stderr
+    folder = Path(job.results) / job.name
+    if folder.exists():
+        raise JobError(
+            "name",
+            "must name a run that doesn't exist yet",
+            f"{job.name!r}, and {folder} exists",
+            f"go on with `paretune resume {folder}`, or choose another name (-o name=…)",
+        )
+    floats = float_widths(job)
+    problem = load_problem(job)
+    analysis = problem.analyse()
+    report(
+        f"{job.name}: {len(analysis.groups)} groups to prune, {len(analysis.frozen)} layers frozen, "
+        f"{analysis.params:,} parameters, {analysis.macs:,} MACs"
+    )
+    folder.mkdir(parents=True)
+    (folder / "job.yaml").write_text(job.to_yaml())
+    _write_json(folder / "environment.json", environment())
+    analysis = _measure_baseline(problem, analysis, folder, floats, report)
+    return _search(job, folder, analysis, problem.task.metric_name, report)
+
+
+def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None) -> Path:
+    """Go on with a run that was stopped or killed; what was running is begun anew.
+
+    Args:
+        folder: The run folder.
+        job: Only for a job with live objects: the same job again.
+        report: As for `run`.
+
+    Raises:
+        JobError: The folder isn't a run, or its job has live objects and none were given.
+    """
+    folder = Path(folder)
+    if not (folder / "job.yaml").is_file():
+        raise JobError("run", "must be a run folder with a job.yaml", folder, "name a folder below results/")
+    if job is None:
+        job = load_job(folder / "job.yaml")
+    elif not isinstance(job, Job):
+        job = make_job(job)
+    report = report or _to_stderr
+    floats = float_widths(job)
+    problem = load_problem(job)
+    path = folder / "analysis.json"
+    analysis = problem.analyse()
+    if not path.is_file() or not (folder / BASELINE).is_dir():
+        analysis = _measure_baseline(problem, analysis, folder, floats, report)
+    return _search(job, folder, analysis, problem.task.metric_name, report)
+
+
+def _measure_baseline(
+    problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
+) -> Analysis:
+    baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
+    analysis = replace(analysis, latency_share=profile_layers(problem, baseline))
+    _write_json(folder / "analysis.json", analysis.to_dict())
+    measured = baseline.measurement
+    report(
+        f"baseline: {problem.task.metric_name} {measured.accuracy:.4f}, {measured.latency_ms:.3f} ms "
+        f"as {baseline.to_dict()['format']}, {measured.size_bytes:,} bytes"
+    )
+    return analysis
+
+
+def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
+    baseline = Baseline(folder / BASELINE)
+    space = make_job_space(job, analysis, baseline.float_bits)
+    study = open_study(job, folder, space)
+    if lost := study.recover():
+        report(f"{lost} unfinished trials are begun anew")
+    _enqueue(job, study, space)
+    executor = LocalExecutor(
+        job, folder, workers=job.search.workers, deadline=job.search.trial_timeout
+    )
+    with _sigterm_raises():
+        try:
+            _trials(job, folder, study, executor, metric, report)
+        finally:
+            executor.close()
+            write_trials(folder, study)
+        if not candidates(study):
+            raise SearchError(_why_nothing(study))
+        verify_front(job, folder, study, metric, report)
+    write_report(folder)
+    report(f"report: {folder / 'report.html'}")
+    return folder
+
+
+def open_study(job: Job, folder: Path, space: SearchSpace) -> SearchStudy:
+    """The study of a run, made if there is none yet."""
+    return SearchStudy(
+        job.name,
+        job.storage or study_url(folder),
+        space,
+        SAMPLERS[job.search.sampler](space, job.search.seed),
+        objectives=job.objectives,
+        constraints=job.constraints,
+    )
+
+
+def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
+    """The dense model and uniform plans come first; a resumed study has them already."""
+    if study.rows() or job.search.sampler == "uniform":
+        return
+    count = job.search.uniform_trials
+    if count is None:
+        count = min(8, (job.search.trials or 40) // 5)
+    study.enqueue(space.sweep(0), "dense")
+    seen = {space.sweep(0).hash}
+    for plan in map(space.sweep, range(1, 1 + count)):
+        if plan.hash not in seen:  # a small space has fewer uniform plans than that
+            seen.add(plan.hash)
+            study.enqueue(plan, "uniform")
+
+
+def _trials(
+    job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report
+) -> None:
+    """Propose, evaluate, tell, until the budget is spent."""
+    begun = study.proposed()
+    end = time.monotonic() + job.search.timeout if job.search.timeout else float("inf")
+    running: dict[int, Proposal] = {}
+    limit = job.search.trials or sys.maxsize
+    while True:
+        while executor.free > 0 and begun < limit and time.monotonic() < end:
+            proposal = study.propose()
+            begun += 1
+            running[proposal.number] = proposal
+            executor.submit(proposal.number, _request(job, folder, proposal))
+        if not running:
+            return
+        for outcome in executor.wait(_POLL):
+            proposal = running.pop(outcome.number)
+            _tell(folder, study, proposal, outcome)
+            write_front(folder, study, metric)
+            report(_line(metric, proposal, outcome))
+
+
+def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
+    trial = folder / "trials" / str(proposal.number)
+    trial.mkdir(parents=True, exist_ok=True)
+    (trial / "plan.json").write_text(proposal.plan.to_json() + "\n")
+    return Evaluate(proposal.plan, trial / "artifact", job.search.seed)
+
+
+def _tell(folder: Path, study: SearchStudy, proposal: Proposal, outcome: Outcome) -> None:
+    trial = folder / "trials" / str(proposal.number)
+    if outcome.error:
+        (trial / "error.txt").write_text(f"{outcome.error}\n\n{outcome.details}".rstrip() + "\n")
+        study.fail(proposal.number, outcome.error)
+        return
+    record = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
+    _write_json(trial / "record.json", record | outcome.result.to_dict())
+    study.complete(proposal.number, outcome.result)
+
+
+def _line(metric: str, proposal: Proposal, outcome: Outcome) -> str:
+    head = f"trial {proposal.number} ({proposal.source})"
+    if outcome.error:
+        return f"{head}: failed: {outcome.error}"
+    measured = outcome.result.measurement
+    seconds = sum(outcome.result.seconds.values())
+    return (
+        f"{head}: {metric} {measured.accuracy:.4f}, {measured.latency_ms:.3f} ms "
+        f"({measured.speedup:.2f}x), {measured.size_bytes:,} bytes, {seconds:.1f} s"
+        + (", noisy" if outcome.result.noisy else "")
+    )
+
+
+def _why_nothing(study: SearchStudy) -> str:
+    rows = study.rows()
+    errors = [row.error for row in rows if row.error]
+    complete = sum(row.record is not None for row in rows)
+    if complete:
+        bounds = ", ".join(map(str, study.constraints))
+        return f"a trial must keep all constraints ({bounds}), but none of {complete} did; loosen them or search longer"
+    return f"a trial must succeed, but {len(errors)} of {len(errors)} failed; the last one: {errors[-1] if errors else ''}"
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the search's progress is for people
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM end the search as Ctrl-C does, with the workers stopped and the files written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,52 @@
+"""Samplers by name. A new one is an `optuna.samplers.BaseSampler` and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from paretune.spaces.space import SearchSpace
+
+
+class UniformSampler(BaseSampler):
+    """Sweeps the plans that have the same ratio and bits everywhere; no learning at all.
+
+    The trial's number is its position in the sweep (`SearchSpace.sweep`), so it needs no state of its own.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The whole space: all parameters are chosen together."""
+        return self._space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Parameters of the plan at the trial's position."""
+        return self._space.to_params(self._space.sweep(trial.number))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never needed for a parameter of the space; others are an error of the caller."""
+        raise KeyError(f"{param_name!r} isn't a parameter of the space")
+
+
+SAMPLERS: Mapping[str, Callable[[SearchSpace, int], BaseSampler]] = MappingProxyType(
+    {
+        "tpe": lambda space, seed: TPESampler(seed=seed),
+        "nsga2": lambda space, seed: NSGAIISampler(seed=seed),
+        "gp": lambda space, seed: GPSampler(seed=seed),
+        "random": lambda space, seed: RandomSampler(seed=seed),
+        "uniform": lambda space, seed: UniformSampler(space),
+    }
+)
+"""Name to a function that makes the sampler from the space and a seed."""

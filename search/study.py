@@ -1,0 +1,206 @@
+"""The Optuna study: the only truth about trials, with one writer."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from paretune.errors import JobError
+from paretune.objectives.measurement import Measurement, Record
+from paretune.search.front import DIRECTIONS, feasible, violation
+from paretune.search.job_types import Constraint
+from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.space import SearchSpace
+
+_SOURCE, _PLAN, _RECORD, _ERROR = "source", "plan", "record", "error"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan to evaluate, under the number of its trial."""
+
+    number: int
+    plan: CompressionPlan
+    source: str
+
+
+class SearchStudy:
+    """A run's study: proposes plans and is told what came of them. The only writer of its storage.
+
+    Args:
+        name: The study's name in its storage.
+        url: Any database URL that Optuna takes.
+        space: What plans are made of.
+        sampler: Who proposes.
+        objectives: Names of measured values, told in this order.
+        constraints: Bounds that feasible trials keep.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        space: SearchSpace,
+        sampler: BaseSampler,
+        *,
+        objectives: Sequence[str],
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space = space
+        self.objectives = tuple(objectives)
+        self.constraints = tuple(constraints)
+        self._distributions = space.distributions()
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=open_storage(url),
+            sampler=sampler,
+            directions=[DIRECTIONS[objective] for objective in objectives],
+            load_if_exists=True,
+        )
+        self._study.set_metric_names(list(objectives))
+        self._running: dict[int, optuna.Trial] = {}
+
+    def enqueue(self, plan: CompressionPlan, source: str) -> None:
+        """Have a plan evaluated before the sampler's own."""
+        params = self.space.to_params(plan)
+        self._study.enqueue_trial(params, user_attrs={_SOURCE: source})
+
+    def propose(self) -> Proposal:
+        """Ask for the next plan; its trial is running from now on."""
+        trial = self._study.ask(self._distributions)
+        plan = self.space.to_plan(trial.params)
+        source = trial.user_attrs.get(_SOURCE)
+        if source is None:
+            source = "sampler"
+            trial.set_user_attr(_SOURCE, source)
+        trial.set_user_attr(_PLAN, plan.to_dict())
+        self._running[trial.number] = trial
+        return Proposal(trial.number, plan, source)
+
+    def complete(self, number: int, record: Record) -> None:
+        """Tell what a trial measured."""
+        trial = self._running.pop(number)
+        trial.set_user_attr(_RECORD, record.to_dict())
+        metrics = record.measurement.to_dict()
+        for constraint in self.constraints:
+            trial.set_constraint(str(constraint), violation(constraint, metrics))
+        self._study.tell(trial, [metrics[name] for name in self.objectives])
+
+    def fail(self, number: int, error: str) -> None:
+        """Tell that a trial failed, and why."""
+        trial = self._running.pop(number)
+        trial.set_user_attr(_ERROR, error)
+        self._study.tell(trial, state=TrialState.FAIL)
+
+    def recover(self) -> int:
+        """Fail the trials that a killed run left running and enqueue them anew; returns how many."""
+        lost = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in lost:
+            # A trial that was killed between asking and its last parameter can't be repeated.
+            if trial.params.keys() == self._distributions.keys():
+                self._study.enqueue_trial(trial.params, user_attrs={_SOURCE: "retry"})
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        return len(lost)
+
+    def proposed(self) -> int:
+        """How many trials were begun, but for those that were lost when a run was killed."""
+        trials = self._study.get_trials(deepcopy=False)
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        return sum(trial.state != TrialState.FAIL or _ERROR in trial.user_attrs for trial in begun)
+
+    def waiting(self) -> int:
+        """How many enqueued plans weren't begun yet."""
+        return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def rows(self) -> list[TrialRow]:
+        """Every trial, in the order of its number."""
+        return [TrialRow(trial, self.constraints) for trial in self._study.get_trials(deepcopy=False)]
+
+
+class TrialRow:
+    """A stored trial, as paretune reads it.
+
+    Args:
+        trial: Optuna's record of it.
+        constraints: Decide whether it is feasible.
+    """
+
+    def __init__(self, trial: FrozenTrial, constraints: Sequence[Constraint]) -> None:
+        self.trial = trial
+        record = trial.user_attrs.get(_RECORD) if trial.state == TrialState.COMPLETE else None
+        self.record = Record.from_dict(record) if record else None
+        self.feasible = self.record is not None and feasible(self.measurement.to_dict(), constraints)
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self.trial.number
+
+    @property
+    def source(self) -> str:
+        """Who proposed it: dense, uniform, enqueued, retry or sampler."""
+        return str(self.trial.user_attrs.get(_SOURCE, "sampler"))
+
+    @property
+    def measurement(self) -> Measurement:
+        """Its measurement; only of a complete trial."""
+        assert self.record is not None
+        return self.record.measurement
+
+    @property
+    def plan(self) -> CompressionPlan | None:
+        """Its plan, once it was begun."""
+        data = self.trial.user_attrs.get(_PLAN)
+        return CompressionPlan.model_validate(data) if data else None
+
+    @property
+    def error(self) -> str:
+        """Why it failed; empty where it didn't."""
+        if self.trial.state != TrialState.FAIL:
+            return ""
+        return str(self.trial.user_attrs.get(_ERROR, "lost when the run was killed"))
+
+    @property
+    def seconds(self) -> float | None:
+        """Its duration, once it ended."""
+        duration = self.trial.duration
+        return duration.total_seconds() if duration else None
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's storage behind a URL; SQLite in write-ahead mode.
+
+    A trial writes some fifty small transactions. With SQLite's defaults each waits for the disk (over 100 ms a trial);
+    write-ahead with normal synchronisation survives any kill of the process just as well.
+
+    Raises:
+        JobError: It can't be opened.
+    """
+    try:
+        storage = RDBStorage(url)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise JobError("storage", "must be a database URL that opens", repr(url), f"correct it ({error})") from error
+    if url.startswith("sqlite"):
+        sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
+        storage.engine.dispose()  # connections made before the listener don't have the settings
+    return storage
+
+
+def _write_ahead(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def study_url(run: Path) -> str:
+    """Where a run's study is unless the job says otherwise."""
+    return f"sqlite:///{run.resolve() / 'study.db'}"

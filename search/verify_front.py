@@ -1,0 +1,74 @@
+"""The last step of a search: front members trained longer, measured together afresh, scored on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from paretune.errors import SearchError
+from paretune.search.executor import Executor, Outcome
+from paretune.search.job import Job
+from paretune.search.local import LocalExecutor
+from paretune.search.problem import BASELINE
+from paretune.search.requests import Evaluate, Verify
+from paretune.search.results import candidates, write_front
+from paretune.search.study import SearchStudy, TrialRow
+
+
+def verify_front(job: Job, run: Path, study: SearchStudy, metric: str, report: Callable[[str], None]) -> None:
+    """Verify the front's members and write the verified `front.json`.
+
+    Each member is fine-tuned anew for `verify.epochs`; of its two artifacts the one with the better validation accuracy
+    stays. All are then measured together, and scored, by a process that did nothing else.
+
+    Raises:
+        SearchError: The measuring failed.
+    """
+    members = _spread(candidates(study), job.verify.points)
+    report(f"verifying {len(members)} points of the front")
+    artifacts = {row.number: run / "trials" / str(row.number) / "artifact" for row in members}
+    epochs = job.verify.epochs or 2 * job.finetune.epochs
+    deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
+    executor = LocalExecutor(job, run, workers=job.search.workers, deadline=deadline)
+    try:
+        for outcome in _run_all(executor, [_longer(run, row, job.search.seed, epochs) for row in members]):
+            row = next(row for row in members if row.number == outcome.number)
+            if outcome.error:
+                report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
+            elif outcome.result.measurement.accuracy > row.measurement.accuracy:
+                artifacts[row.number] = run / "trials" / str(row.number) / "verified"
+    finally:
+        executor.close()
+    fresh = LocalExecutor(job, run, workers=1, deadline=deadline * (1 + len(members)))
+    try:
+        folders = [run / BASELINE, *artifacts.values()]
+        (outcome,) = _run_all(fresh, [(0, Verify(folders, job.verify.rounds))])
+    finally:
+        fresh.close()
+    if outcome.error:
+        raise SearchError(f"the front must be measured afresh, but that failed: {outcome.error}")
+    verified = {row.number: found for row, found in zip(members, outcome.result[1:], strict=True)}
+    write_front(run, study, metric, verified)
+
+
+def _longer(run: Path, row: TrialRow, seed: int, epochs: float) -> tuple[int, Evaluate]:
+    assert row.plan is not None
+    return row.number, Evaluate(row.plan, run / "trials" / str(row.number) / "verified", seed, epochs)
+
+
+def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify]]) -> list[Outcome]:
+    waiting, outcomes = list(requests), []
+    while len(outcomes) < len(requests):
+        while waiting and executor.free > 0:
+            executor.submit(*waiting.pop(0))
+        outcomes += executor.wait(1.0)
+    return outcomes
+
+
+def _spread(front: Sequence[TrialRow], limit: int | None) -> list[TrialRow]:
+    """At most `limit` members, evenly spread along the front, both ends among them."""
+    if limit is None or len(front) <= limit:
+        return list(front)
+    if limit == 1:
+        return [front[-1]]
+    return [front[round(i * (len(front) - 1) / (limit - 1))] for i in range(limit)]
