@@ -123,6 +123,6 @@ def _latencies(problem: Problem, runtime: Runtime, path: Path, floats: tuple[int
     batch = problem.batch()
     latencies = {}
     for bits in floats:
-        calls = [runtime.load(path, _options(problem, bits)).bind(batch) for _ in range(2)]
-        latencies[bits] = measure_paired(*calls)
+        one, other = (runtime.load(path, _options(problem, bits)).bind(batch) for _ in range(2))
+        latencies[bits] = measure_paired(one, other)
     return latencies

@@ -110,9 +110,7 @@ class Evaluator:
         batches = self._problem.splits.train.batches(options.batch_size, shuffle_seed=0)
         return [batch for batch, _ in zip(batches, range(options.calibration_batches), strict=False)]
 
-    def evaluate(
-        self, plan: CompressionPlan, folder: Path, *, seed: int, epochs: float | None = None
-    ) -> Record:
+    def evaluate(self, plan: CompressionPlan, folder: Path, *, seed: int, epochs: float | None = None) -> Record:
         """Compress, fine-tune, deploy and measure; the artifact goes to `folder`.
 
         Equal plans, seeds and epochs give equal weights on the same machine with one thread.
@@ -153,7 +151,13 @@ class Evaluator:
                 raise TrialError(f"all measured values must be finite, but got {measurement}; check task and model")
             with trial.watch.phase("save"):
                 save_artifact(
-                    work, module, plan, session, self._problem, float_bits=trial.float_bits, validation=measurement
+                    work,
+                    module,
+                    plan,
+                    session,
+                    self._problem,
+                    float_bits=trial.float_bits,
+                    validation=measurement,
                 )
                 replace_folder(work, folder)
         return Record(measurement, early.median_ms, early_size, executed, trial.watch.seconds, noisy)

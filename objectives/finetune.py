@@ -104,9 +104,7 @@ class Training:
         generator = torch.Generator().manual_seed(seed)
         epoch = 0
         while True:
-            for batch in self.splits.train.batches(
-                self.options.batch_size, shuffle_seed=seed + epoch, drop_last=True
-            ):
+            for batch in self.splits.train.batches(self.options.batch_size, shuffle_seed=seed + epoch, drop_last=True):
                 inputs = self.splits.augment(batch.inputs, generator) if self.splits.augment else batch.inputs
                 yield batch._replace(inputs=inputs)
             epoch += 1
@@ -158,7 +156,7 @@ def fit(
                 f"lower the learning rate (it was {config.learning_rate:.2g}) or the pruning ratios"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         if options.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
         optimizer.step()
@@ -181,7 +179,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively; elsewhere it is emulated and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _optimizer(model: nn.Module, options: TrainOptions, learning_rate: float) -> torch.optim.Optimizer:

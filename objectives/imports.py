@@ -25,9 +25,7 @@ def closest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
-    return (
-        f"known are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "there is none"
-    )
+    return f"known are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "there is none"
 
 
 def add_to_path(folders: Iterable[str | Path]) -> None:
@@ -119,9 +117,7 @@ def _check_arguments(factory: Callable[..., Any], args: Mapping[str, Any], *, wh
             got = f"{value}, an object that lived in the process which started the run"
             raise JobError(f"{where}.{name}", "must be a plain value here", got, "pass it again from Python")
         if name not in by_name and not takes_all:
-            raise JobError(
-                where, "must hold parameters of the function alone", repr(name), closest(name, by_name)
-            )
+            raise JobError(where, "must hold parameters of the function alone", repr(name), closest(name, by_name))
     for name, parameter in by_name.items():
         if parameter.default is inspect.Parameter.empty and name not in args:
             given = ", ".join(map(repr, args)) or "none"

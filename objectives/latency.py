@@ -63,7 +63,7 @@ class Latency:
     calls: int
 
 
-def measure_paired(candidate: Call, baseline: Call, protocol: Protocol = Protocol()) -> Latency:  # noqa: B008 - frozen
+def measure_paired(candidate: Call, baseline: Call, protocol: Protocol = Protocol()) -> Latency:
     """Time both sides call by call in turn, so that a drift of the machine meets both alike.
 
     The order within a pair alternates. Whoever calls makes sure that nothing else of ours runs on the device
@@ -87,7 +87,7 @@ def measure_paired(candidate: Call, baseline: Call, protocol: Protocol = Protoco
             return latency
 
 
-def summarize(pairs: Array, protocol: Protocol = Protocol()) -> Latency:  # noqa: B008 - frozen
+def summarize(pairs: Array, protocol: Protocol = Protocol()) -> Latency:
     """Medians and bootstrap intervals of `pairs`, shape (calls, 2): candidate and baseline, in milliseconds."""
     rng = np.random.default_rng(0)
     drawn = pairs[rng.integers(0, len(pairs), (protocol.resamples, len(pairs)))]

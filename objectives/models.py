@@ -69,9 +69,7 @@ class ModelSource:
             return copy.deepcopy(factory)
         if not callable(factory):
             got = f"{self.factory!r}, a {type(factory).__name__}"
-            raise JobError(
-                "model.factory", "must be a function that returns a module", got, "name a function"
-            )
+            raise JobError("model.factory", "must be a function that returns a module", got, "name a function")
         return call_factory(factory, self.args, where="model")
 
 
@@ -100,16 +98,12 @@ def _from_zoo(zoo: str, name: str, args: Mapping[str, Any]) -> Any:
         return create(name, **args)
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
-        raise JobError(
-            "model", f"must be built without an error by {zoo}", got, "check model.args"
-        ) from error
+        raise JobError("model", f"must be built without an error by {zoo}", got, "check model.args") from error
 
 
 def _broken_zoo(zoo: str, error: Exception) -> JobError:
     remedy = f"install a {zoo} (and torchvision) built for torch {torch.__version__}"
-    return JobError(
-        "model.factory", f"needs a {zoo!r} that imports", f"{type(error).__name__}: {error}", remedy
-    )
+    return JobError("model.factory", f"needs a {zoo!r} that imports", f"{type(error).__name__}: {error}", remedy)
 
 
 def _load_into(model: nn.Module, path: Path) -> None:
@@ -133,9 +127,7 @@ def _load_into(model: nn.Module, path: Path) -> None:
             rule = f"must have the shapes of the model, {tuple(own[name].shape)} here"
             raise JobError("model.weights", rule, got, "check model.args (e.g. the number of classes)")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise JobError(
-                "model.weights", "must be finite", f"NaN or infinity in {name}", "train the model again"
-            )
+            raise JobError("model.weights", "must be finite", f"NaN or infinity in {name}", "train the model again")
     model.load_state_dict(given, strict=False)
 
 
@@ -168,7 +160,5 @@ def _read(path: Path) -> dict[str, Tensor]:
             if not isinstance(content, dict)
             else f"a dict with {', '.join(map(repr, list(content)[:5]))}"
         )
-        raise JobError(
-            "model.weights", "must be a state dictionary, of tensors alone", got, "save model.state_dict()"
-        )
+        raise JobError("model.weights", "must be a state dictionary, of tensors alone", got, "save model.state_dict()")
     return content

@@ -19,7 +19,12 @@ BATCH = 64
 
 
 def artifact_outputs(
-    runtime: Runtime, path: Path, options: LoadOptions, split: Split, *, between: Callable[[], None] = lambda: None
+    runtime: Runtime,
+    path: Path,
+    options: LoadOptions,
+    split: Split,
+    *,
+    between: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Outputs of a model file for every sample of a split, in its order.
 

@@ -54,13 +54,9 @@ class Task(ABC):
         """
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             got = str(outputs.dtype) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise JobError(
-                "model", "must return a tensor of floats", got, "return logits or predicted values"
-            )
+            raise JobError("model", "must return a tensor of floats", got, "return logits or predicted values")
         if outputs.ndim == 0 or targets.ndim == 0 or len(outputs) != len(targets):
-            raise JobError(
-                "model", "must return one output a sample", _shapes(outputs, targets), "keep the first axis"
-            )
+            raise JobError("model", "must return one output a sample", _shapes(outputs, targets), "keep the first axis")
         if not bool(torch.isfinite(outputs).all()):
             got = "NaN or infinity"
             raise JobError(
@@ -112,9 +108,7 @@ class Classification(Task):
         self._check_shapes(outputs, targets)
         if targets.dtype != torch.int64:
             remedy = "give integer labels; for values to predict use task: regression"
-            raise JobError(
-                "data", "must have int64 labels as targets for classification", targets.dtype, remedy
-            )
+            raise JobError("data", "must have int64 labels as targets for classification", targets.dtype, remedy)
         classes = outputs.shape[1]
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= classes:
@@ -185,9 +179,7 @@ class Regression(Task):
             raise JobError("data", "must have floats as targets for regression", targets.dtype, remedy)
 
 
-TASKS: Mapping[str, type[Task]] = MappingProxyType(
-    {"classification": Classification, "regression": Regression}
-)
+TASKS: Mapping[str, type[Task]] = MappingProxyType({"classification": Classification, "regression": Regression})
 
 
 def load_task(task: str | Task) -> Task:

@@ -47,9 +47,7 @@ def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds:
         for _ in range(rounds):
             for call, latencies in zip(calls, measured, strict=True):
                 latencies.append(measure_paired(call, reference, ROUND))
-    return [
-        _verified(problem, folder, latencies) for folder, latencies in zip(folders, measured, strict=True)
-    ]
+    return [_verified(problem, folder, latencies) for folder, latencies in zip(folders, measured, strict=True)]
 
 
 def _verified(problem: Problem, folder: Path, latencies: Sequence[Latency]) -> Verified:

@@ -109,9 +109,7 @@ class RunFiles:
         from paretune.search.front import knee
 
         def speed(index: int) -> tuple[float, float]:
-            latency, accuracy = (
-                number(points[index]["validation"], key) for key in ("latency_ms", "accuracy")
-            )
+            latency, accuracy = (number(points[index]["validation"], key) for key in ("latency_ms", "accuracy"))
             return math.inf if latency is None else latency, math.inf if accuracy is None else -accuracy
 
         chosen = {

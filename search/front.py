@@ -88,8 +88,5 @@ def knee(points: Sequence[Mapping[str, Any]]) -> int:
     width = max(latency) - min(latency) or 1.0
     height = max(accuracy) - min(accuracy) or 1.0
     # On the unit square the line runs from the lower left to the upper right: height above it is y - x.
-    above = [
-        (y - min(accuracy)) / height - (x - min(latency)) / width
-        for x, y in zip(latency, accuracy, strict=True)
-    ]
+    above = [(y - min(accuracy)) / height - (x - min(latency)) / width for x, y in zip(latency, accuracy, strict=True)]
     return max(range(len(points)), key=lambda i: (above[i], accuracy[i]))

@@ -37,7 +37,5 @@ def init_project(folder: Path) -> list[Path]:
             with (folder / name).open("x", encoding="utf-8") as file:
                 file.write(text)
     except OSError as error:
-        raise JobError(
-            "folder", "must be one that can be written", f"{folder} ({error})", "give another"
-        ) from error
+        raise JobError("folder", "must be one that can be written", f"{folder} ({error})", "give another") from error
     return [folder / name for name in contents]

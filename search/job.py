@@ -83,9 +83,7 @@ class DataSection(Section):
     @classmethod
     def _resolve(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         found = {
-            key: str(resolve_path(value[key], info))
-            for key in ("root", "path")
-            if isinstance(value.get(key), str)
+            key: str(resolve_path(value[key], info)) for key in ("root", "path") if isinstance(value.get(key), str)
         }
         return {**value, **found}
 
@@ -187,9 +185,7 @@ class SearchSection(Section):
     sampler: Literal["tpe", "nsga2", "gp", "random", "uniform"] = Field(
         default="tpe", description="What proposes plans: tpe, nsga2, gp, random or uniform."
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="Seed of the sampler and of the trials, in [0, 2^32)."
-    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of the trials, in [0, 2^32).")
     workers: int = Field(default=1, ge=1, description="Trials at a time, each in a process of its own.")
     executor: Literal["local"] = Field(default="local", description="Where the workers run: local.")
     trial_timeout: float = Field(
@@ -203,9 +199,7 @@ class SearchSection(Section):
     @model_validator(mode="after")
     def _ends(self) -> SearchSection:
         if self.trials is None and self.timeout is None:
-            raise RuleError(
-                "must end", "trials: null and timeout: null", "give search.trials or search.timeout"
-            )
+            raise RuleError("must end", "trials: null and timeout: null", "give search.trials or search.timeout")
         return self
 
 
@@ -216,9 +210,7 @@ class VerifySection(Section):
         default=None,
         description="Passes over the training data for each point, > 0; null: twice finetune.epochs.",
     )
-    rounds: int = Field(
-        default=3, ge=1, description="Separate rounds in which the points are measured together."
-    )
+    rounds: int = Field(default=3, ge=1, description="Separate rounds in which the points are measured together.")
     points: Annotated[int, Field(ge=1)] | None = Field(
         default=12, description="How many points of the front are verified, spread over it; null: all."
     )
@@ -242,12 +234,8 @@ class Job(Section):
         description="classification, regression, or the import string of a Task; from Python a Task.",
     )
     space: SpaceSection = Field(default=SpaceSection(), description="What may be chosen.")
-    finetune: FinetuneSection = Field(
-        default=FinetuneSection(), description="How a compressed model is trained."
-    )
-    target: TargetSection = Field(
-        default=TargetSection(), description="Where the artifact runs and is measured."
-    )
+    finetune: FinetuneSection = Field(default=FinetuneSection(), description="How a compressed model is trained.")
+    target: TargetSection = Field(default=TargetSection(), description="Where the artifact runs and is measured.")
     objectives: Annotated[list[ObjectiveName], AfterValidator(lambda value: _objectives(value))] = Field(
         default=["accuracy", "latency_ms"],
         description="Two to four of accuracy, latency_ms, size_bytes, params, macs; accuracy is always one.",

@@ -65,9 +65,7 @@ def _mistake(item: dict[str, Any], model: type[BaseModel]) -> JobError:
     where = _dotted(location)
     cause = item.get("ctx", {}).get("error")
     if isinstance(cause, RuleError):
-        return JobError(
-            ".".join(filter(None, (where, cause.key))) or "job", cause.rule, cause.got, cause.remedy
-        )
+        return JobError(".".join(filter(None, (where, cause.key))) or "job", cause.rule, cause.got, cause.remedy)
     if item["type"] == "extra_forbidden":
         return JobError(where, "must be a known key", "an unknown one", _nearest_key(location, model))
     if item["type"] == "missing":

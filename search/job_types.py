@@ -29,9 +29,7 @@ from paretune.spaces.plan import Importance
 ObjectiveName = Literal["accuracy", "latency_ms", "size_bytes", "params", "macs"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("accuracy", "latency_ms", "size_bytes", "params", "macs")
 
-_CONSTRAINT = re.compile(
-    r"\s*([A-Za-z_]+)\s*(>=|<=)\s*([-+]?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)\s*"
-)
+_CONSTRAINT = re.compile(r"\s*([A-Za-z_]+)\s*(>=|<=)\s*([-+]?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)\s*")
 _IMPORT_STRING = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _ZOO = re.compile(r"(timm|torchvision):\S+")
 _LIVE = "<live "
@@ -171,9 +169,7 @@ def _as_range(value: Any) -> Any:
         if value[0] > value[1]:
             raise RuleError("must have its lower end first", short(value), f"write [{value[1]}, {value[0]}]")
         return (float(value[0]), float(value[1]))
-    raise RuleError(
-        "must be [low, high] or one number", short(value), "write e.g. [1, 8] to search it, or 4 to fix it"
-    )
+    raise RuleError("must be [low, high] or one number", short(value), "write e.g. [1, 8] to search it, or 4 to fix it")
 
 
 def _is_number(value: Any) -> bool:
@@ -194,11 +190,7 @@ def _in_bounds(low: float, high: float, *, open_low: bool = False) -> Callable[[
 def _as_bits(value: Any) -> Any:
     if value == "auto":
         return value
-    fits = (
-        isinstance(value, list | tuple)
-        and value
-        and all(type(bits) is int and 2 <= bits <= 32 for bits in value)
-    )
+    fits = isinstance(value, list | tuple) and value and all(type(bits) is int and 2 <= bits <= 32 for bits in value)
     if not fits:
         remedy = "write e.g. [8, 32], or auto for what the target's runtime executes"
         raise RuleError("must be 'auto' or a list of bit-widths from 2 to 32", short(value), remedy)
@@ -220,9 +212,7 @@ def _unique(values: list[_T]) -> list[_T]:
 
 def _name(value: Any) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        rule = (
-            "must start with a letter or digit and have letters, digits, '.', '_' and '-' alone, at most 100"
-        )
+        rule = "must start with a letter or digit and have letters, digits, '.', '_' and '-' alone, at most 100"
         raise RuleError(rule, short(value), "use e.g. 'resnet18-cpu' (it names the run folder)")
     return value
 
@@ -251,13 +241,9 @@ Arguments = Annotated[dict[str, Any], PlainSerializer(plain, when_used="json")]
 
 _AS_TEXT = PlainSerializer(as_text, when_used="json")
 _TEXT_SCHEMA = WithJsonSchema({"type": "string"})
-Factory = Annotated[
-    Any, BeforeValidator(lambda value: live_or_import(value, zoos=True)), _AS_TEXT, _TEXT_SCHEMA
-]
+Factory = Annotated[Any, BeforeValidator(lambda value: live_or_import(value, zoos=True)), _AS_TEXT, _TEXT_SCHEMA]
 DATA_NAMES = ("digits", "fashion-mnist", "npz", "imagefolder")
-Source = Annotated[
-    Any, BeforeValidator(lambda value: live_or_import(value, names=DATA_NAMES)), _AS_TEXT, _TEXT_SCHEMA
-]
+Source = Annotated[Any, BeforeValidator(lambda value: live_or_import(value, names=DATA_NAMES)), _AS_TEXT, _TEXT_SCHEMA]
 TASK_NAMES = ("classification", "regression")
 TaskName = Annotated[
     Any, BeforeValidator(lambda value: live_or_import(value, names=TASK_NAMES)), _AS_TEXT, _TEXT_SCHEMA

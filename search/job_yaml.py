@@ -98,9 +98,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 if key.value in lines:
-                    raise _DuplicateKeyError(
-                        f"{key.value!r} in line {lines[key.value]} and again in line {line}"
-                    )
+                    raise _DuplicateKeyError(f"{key.value!r} in line {lines[key.value]} and again in line {line}")
                 lines[key.value] = line
         return super().construct_mapping(node, deep=deep)
 

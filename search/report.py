@@ -55,9 +55,7 @@ def write_report(run: Path, *, command: str | None = None) -> Path:
     data = load_run(run)
     picture = _front_picture(data)
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    pages = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = pages.get_template("report.html.j2").render(
         run=data,
         target=describe_target(data.front.get("target")),
@@ -89,9 +87,7 @@ def _replace(path: Path, text: str) -> None:
 
 def _counts(run: RunFiles) -> str:
     states = run.states
-    infeasible = sum(
-        _shape(trial) == "infeasible" for trial in run.trials if trial.get("state") == "COMPLETE"
-    )
+    infeasible = sum(_shape(trial) == "infeasible" for trial in run.trials if trial.get("state") == "COMPLETE")
     names = {**charts.STATES, "WAITING": "waiting"}
     if infeasible:
         names["COMPLETE"] += f" ({infeasible} of them infeasible)"
@@ -123,14 +119,10 @@ def _title(trial: object, source: str, metrics: Metrics, scale: Scale) -> str:
     speedup = number(metrics, "speedup")
     times = f", {speedup:.2f} times as fast" if speedup else ""
     source = f" ({source})" if source else ""
-    return (
-        f"trial {trial}{source}: {scale.show(number(metrics, 'accuracy'))}, {milliseconds(metrics)} ms{times}"
-    )
+    return f"trial {trial}{source}: {scale.show(number(metrics, 'accuracy'))}, {milliseconds(metrics)} ms{times}"
 
 
-def _mark(
-    metrics: Metrics | None, scale: Scale, *, shape: charts.Shape, title: str, **more: Any
-) -> list[charts.Mark]:
+def _mark(metrics: Metrics | None, scale: Scale, *, shape: charts.Shape, title: str, **more: Any) -> list[charts.Mark]:
     """The mark of one measurement, or none where it lacks its accuracy or latency."""
     latency, accuracy = number(metrics, "latency_ms"), number(metrics, "accuracy")
     if latency is None or accuracy is None:
@@ -169,9 +161,7 @@ def _front_picture(run: RunFiles) -> str:
             found += _mark(point.get(split), scale, shape=_shape(row), title=title, label=label, front=True)
     test = marks["test"] if any(mark.front for mark in marks["test"]) else []
     subtitle = ". ".join(part for part in (describe_target(run.front.get("target")), _counts(run)) if part)
-    return charts.front_chart(
-        marks["validation"], test, title=run.name, subtitle=subtitle, accuracy_name=scale.axis
-    )
+    return charts.front_chart(marks["validation"], test, title=run.name, subtitle=subtitle, accuracy_name=scale.axis)
 
 
 def _front_table(run: RunFiles) -> Table:
@@ -223,9 +213,7 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
     plans = [point.get("plan") or {} for point in run.points]
     bits = [(plan.get("quantize") or {}).get("bits") or {} for plan in plans]
     ratios = [(plan.get("prune") or {}).get("ratios") or {} for plan in plans]
-    layers = run.analysis.get("layers") or [
-        {"name": name} for name in dict.fromkeys(n for b in bits for n in b)
-    ]
+    layers = run.analysis.get("layers") or [{"name": name} for name in dict.fromkeys(n for b in bits for n in b)]
     dense = str(run.baseline.get("format") or "float")
     rows = []
     for layer in layers:
@@ -241,9 +229,7 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
             "params": amount(number(layer, "params")),
             "group": group or "",
         }
-        rows.append(
-            {**about, "name": name, "share": UNKNOWN if share is None else f"{share:.1%}", "cells": cells}
-        )
+        rows.append({**about, "name": name, "share": UNKNOWN if share is None else f"{share:.1%}", "cells": cells})
     settings = {
         "learning rate": ("finetune", "learning_rate"),
         "distillation temperature": ("finetune", "temperature"),
@@ -301,10 +287,7 @@ def _timeline(run: RunFiles) -> Markup | str:
 
 def _failures(run: RunFiles) -> Table:
     failed = [trial for trial in run.trials if trial.get("state") == "FAIL"]
-    return [
-        {"trial": trial.get("trial"), "source": trial.get("source"), "reason": _reason(trial)}
-        for trial in failed
-    ]
+    return [{"trial": trial.get("trial"), "source": trial.get("source"), "reason": _reason(trial)} for trial in failed]
 
 
 def _reason(trial: Mapping[str, str]) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.verify import Verified
-from paretune.errors import JobError
 from paretune.search.front import DIRECTIONS, feasible, pareto_front
 from paretune.search.problem import BASELINE
 from paretune.search.study import SearchStudy, TrialRow
@@ -126,10 +125,10 @@ def write_trials(run: Path, study: SearchStudy) -> None:
     partial = path.with_suffix(".csv.partial")
     with partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *lines])
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)

@@ -78,7 +78,9 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
-def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None) -> Path:
+def resume(
+    folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None
+) -> Path:
     """Go on with a run that was stopped or killed; what was running is begun anew.
 
     Args:
@@ -127,9 +129,7 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
     _enqueue(job, study, space)
-    executor = LocalExecutor(
-        job, folder, workers=job.search.workers, deadline=job.search.trial_timeout
-    )
+    executor = LocalExecutor(job, folder, workers=job.search.workers, deadline=job.search.trial_timeout)
     with _sigterm_raises():
         try:
             _trials(job, folder, study, executor, metric, report)
@@ -231,8 +231,10 @@ def _why_nothing(study: SearchStudy) -> str:
     complete = sum(row.record is not None for row in rows)
     if complete:
         bounds = ", ".join(map(str, study.constraints))
-        return f"a trial must keep all constraints ({bounds}), but none of {complete} did; loosen them or search longer"
-    return f"a trial must succeed, but {len(errors)} of {len(errors)} failed; the last one: {errors[-1] if errors else ''}"
+        return f"a trial must keep all constraints ({bounds}), but none of {complete} did; "
+            "loosen them or search longer"
+    last = f"; the last one: {errors[-1]}" if errors else ""
+    return f"a trial must succeed, but {len(errors)} of {len(rows)} failed{last}"
 
 
 def _write_json(path: Path, data: Any) -> None:

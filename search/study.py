@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ class SearchStudy:
             directions=[DIRECTIONS[objective] for objective in objectives],
             load_if_exists=True,
         )
-        self._study.set_metric_names(list(objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(list(objectives))
         self._running: dict[int, optuna.Trial] = {}
 
     def enqueue(self, plan: CompressionPlan, source: str) -> None:

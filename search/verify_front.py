@@ -57,7 +57,8 @@ def _longer(run: Path, row: TrialRow, seed: int, epochs: float) -> tuple[int, Ev
 
 
 def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify]]) -> list[Outcome]:
-    waiting, outcomes = list(requests), []
+    waiting = list(requests)
+    outcomes: list[Outcome] = []
     while len(outcomes) < len(requests):
         while waiting and executor.free > 0:
             executor.submit(*waiting.pop(0))

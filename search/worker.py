@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -19,7 +18,6 @@ import torch
 
 from paretune.errors import ParetuneError
 from paretune.objectives.evaluate import Evaluator
-from paretune.search.job import Job
 from paretune.search.problem import load_evaluator
 
 

@@ -82,9 +82,7 @@ class Analysis:
                     "latency_share": sum(self.latency_share.get(layer.name, 0.0) for layer in members),
                 }
             )
-        layers = [
-            asdict(layer) | {"latency_share": self.latency_share.get(layer.name, 0.0)} for layer in self.layers
-        ]
+        layers = [asdict(layer) | {"latency_share": self.latency_share.get(layer.name, 0.0)} for layer in self.layers]
         return {
             "groups": groups,
             "frozen": [asdict(frozen) for frozen in self.frozen],
@@ -175,7 +173,7 @@ def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str 
         if output.shape != shape:
             return f"the output's shape would change from {tuple(shape)} to {tuple(output.shape)}"
         output.float().sum().backward()
-    except Exception as error:  # noqa: BLE001 - whatever a stranger's forward raises is the reason we look for
+    except Exception as error:
         return f"pruning it breaks {_culprit(error)}"
     return None
 

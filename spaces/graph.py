@@ -19,7 +19,15 @@ from torch import Tensor, nn
 Forward = Callable[[nn.Module], Any]
 """Calls a model on fixed example inputs (a batch of at least 2) and returns its output."""
 
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+PRUNABLE = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,7 @@ def execution_order(model: nn.Module, forward: Forward) -> dict[str, int]:
     def remember(module: nn.Module, _inputs: Any) -> None:
         order.setdefault(names[module], len(order))
 
-    handles = [
-        module.register_forward_pre_hook(remember) for module in names if isinstance(module, PRUNABLE)
-    ]
+    handles = [module.register_forward_pre_hook(remember) for module in names if isinstance(module, PRUNABLE)]
     try:
         with torch.no_grad():
             forward(model)

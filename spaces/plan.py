@@ -91,4 +91,6 @@ class CompressionPlan(_Config):
         try:
             return cls.model_validate_json(text)
         except ValueError as error:
-            raise JobError("plan", "must be a compression plan of schema 1", error, "use a plan.json of a run") from error
+            raise JobError(
+                "plan", "must be a compression plan of schema 1", error, "use a plan.json of a run"
+            ) from error

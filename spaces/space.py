@@ -106,9 +106,7 @@ class SearchSpace:
         }
         for name in plan.prune.ratios.keys() - self.grids.keys():
             raise _outside("prune.ratios", "must name prunable groups", name, self.grids)
-        values |= {
-            f"bits/{layer}": plan.quantize.bits.get(layer, widths[0]) for layer, widths in self.widths.items()
-        }
+        values |= {f"bits/{layer}": plan.quantize.bits.get(layer, widths[0]) for layer, widths in self.widths.items()}
         for name in plan.quantize.bits.keys() - self.widths.keys():
             raise _outside("quantize.bits", "must name layers with a choice of widths", name, self.widths)
         values |= {
@@ -131,9 +129,7 @@ class SearchSpace:
             bits: Width; None is the widest.
         """
         params: dict[str, Any] = {f"prune/{group}": ratio for group in self.grids}
-        params |= {
-            f"bits/{layer}": bits if bits in widths else widths[0] for layer, widths in self.widths.items()
-        }
+        params |= {f"bits/{layer}": bits if bits in widths else widths[0] for layer, widths in self.widths.items()}
         return self.to_plan(params)
 
     def sweep(self, index: int) -> CompressionPlan:

@@ -86,9 +86,7 @@ def test_imports_point_one_way(path: str) -> None:
         pytest.param("spaces/a.py", "from paretune.search.study import Study", id="spaces-search"),
         pytest.param("objectives/a.py", "from paretune import search", id="objectives-search-by-from"),
         pytest.param("objectives/a.py", "def f():\n    import paretune.search.job as job", id="late"),
-        pytest.param(
-            "objectives/a.py", "if TYPE_CHECKING:\n    from paretune.search import Job", id="typing"
-        ),
+        pytest.param("objectives/a.py", "if TYPE_CHECKING:\n    from paretune.search import Job", id="typing"),
         pytest.param("objectives/a.py", "importlib.import_module('paretune.search')", id="dynamic"),
         pytest.param("spaces/a.py", "from paretune import run", id="public-api"),
         pytest.param("spaces/a.py", "import paretune", id="whole-package"),
@@ -97,9 +95,7 @@ def test_imports_point_one_way(path: str) -> None:
         pytest.param("search/a.py", "from search.front import Front", id="bare-room"),
         pytest.param("paretune/cli.py", "import search", id="bare-room-on-top"),
         pytest.param("spaces/plan.py", "import torch_pruning as tp", id="torch-pruning-in-spaces"),
-        pytest.param(
-            "search/a.py", "from torch_pruning import DependencyGraph", id="torch-pruning-in-search"
-        ),
+        pytest.param("search/a.py", "from torch_pruning import DependencyGraph", id="torch-pruning-in-search"),
         pytest.param("paretune/cli.py", "__import__('torch_pruning.utils')", id="torch-pruning-on-top"),
     ],
 )
@@ -126,12 +122,8 @@ def test_allowed_imports_pass(path: str, source: str) -> None:
 
 def loaded_by(statement: str) -> set[str]:
     """The top-level modules that a fresh interpreter has loaded after `statement`."""
-    program = (
-        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, text=True
-    )
+    program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     names: list[str] = json.loads(done.stdout.splitlines()[-1])
     return set(names)

@@ -149,9 +149,7 @@ print(json.dumps({{name: importlib.import_module(name).__file__ for name in {nam
 def packages_on_disk() -> dict[str, str]:
     """Package name to folder, for every folder of the rooms that holds Python files."""
     folders = {path.parent for path in source_files() if path.suffix == ".py" and path.parts[0] in PLACES}
-    return {
-        ".".join((*PLACES[path.parts[0]].split("/"), *path.parts[1:])): path.as_posix() for path in folders
-    }
+    return {".".join((*PLACES[path.parts[0]].split("/"), *path.parts[1:])): path.as_posix() for path in folders}
 
 
 def test_every_package_is_listed() -> None:
@@ -161,9 +159,7 @@ def test_every_package_is_listed() -> None:
 
 
 def test_every_package_has_an_init() -> None:
-    assert [
-        folder for folder in packages_on_disk().values() if not (ROOT / folder / "__init__.py").is_file()
-    ] == []
+    assert [folder for folder in packages_on_disk().values() if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -212,7 +208,5 @@ def test_direct_dependencies_are_pinned_within_their_range() -> None:
 
 def test_every_core_dependency_is_explained() -> None:
     record = (ROOT / "docs/decisions/002-dependencies.md").read_text(encoding="utf-8")
-    explained = {
-        canonicalize_name(name) for name in re.findall(r"^\| `([\w.-]+)", record, flags=re.MULTILINE)
-    }
+    explained = {canonicalize_name(name) for name in re.findall(r"^\| `([\w.-]+)", record, flags=re.MULTILINE)}
     assert set(requirements("core")) == explained

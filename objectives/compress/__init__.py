@@ -25,7 +25,15 @@ from paretune.spaces.graph import prune
 from paretune.spaces.grid import kept_of
 from paretune.spaces.plan import CompressionPlan, Pruning, Quantization
 
-__all__ = ["NUMERICS", "STRUCTURE", "Context", "Technique", "compress_numerics", "compress_structure", "freeze_quantizers"]
+__all__ = [
+    "NUMERICS",
+    "STRUCTURE",
+    "Context",
+    "Technique",
+    "compress_numerics",
+    "compress_structure",
+    "freeze_quantizers",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Context:
     def backward(self, model: nn.Module) -> None:
         """Accumulate the gradients of the task's loss over the batches."""
         for batch in self.batches:
-            self.task.loss(call(model, batch.inputs), batch.targets).backward()
+            torch.autograd.backward(self.task.loss(call(model, batch.inputs), batch.targets))
 
 
 class Technique(NamedTuple):
@@ -63,9 +71,7 @@ class Technique(NamedTuple):
 
 def prune_channels(model: nn.Module, config: Pruning, context: Context) -> nn.Module:
     """Remove each group's least important channels; in place."""
-    kept = {
-        name: kept_of(ratio, context.channels[name]) for name, ratio in config.ratios.items() if ratio > 0
-    }
+    kept = {name: kept_of(ratio, context.channels[name]) for name, ratio in config.ratios.items() if ratio > 0}
     if kept:
         score = importance(config.importance, model, context.backward) if context.batches else None
         prune(model, context.forward, kept, importance=score)

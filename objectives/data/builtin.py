@@ -88,9 +88,7 @@ def npz(path: str) -> Splits:
         archive = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         got = f"{path} ({type(error).__name__}: {error})"
-        raise JobError(
-            "data.args.path", "must be a numpy .npz file", got, "write one with numpy.savez"
-        ) from error
+        raise JobError("data.args.path", "must be a numpy .npz file", got, "write one with numpy.savez") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise JobError(
             "data.args.path",
@@ -99,9 +97,7 @@ def npz(path: str) -> Splits:
             "write one with numpy.savez",
         )
     with archive:
-        train, validation, test = (
-            _npz_split(archive, path, name) for name in ("train", "validation", "test")
-        )
+        train, validation, test = (_npz_split(archive, path, name) for name in ("train", "validation", "test"))
     return Splits(train, validation, test)
 
 
@@ -109,16 +105,12 @@ def _npz_split(archive: Any, path: str, name: str) -> Split:
     arrays = []
     for key in (f"x_{name}", f"y_{name}"):
         if key not in archive.files:
-            raise JobError(
-                "data.args.path", f"must hold the array {key!r}", path, closest(key, archive.files)
-            )
+            raise JobError("data.args.path", f"must hold the array {key!r}", path, closest(key, archive.files))
         try:
             arrays.append(archive[key])
         except ValueError as error:
             got = f"{key} with {error}"
-            raise JobError(
-                "data.args.path", "must hold numeric arrays", got, "save arrays of numbers alone"
-            ) from error
+            raise JobError("data.args.path", "must hold numeric arrays", got, "save arrays of numbers alone") from error
     return Split(as_inputs(arrays[0]), as_targets(arrays[1]))
 
 
@@ -161,9 +153,7 @@ def _fashion_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     labels = _read_idx(folder / f"{part}-labels-idx1-ubyte")
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         got = f"shapes {images.shape} and {labels.shape}"
-        raise JobError(
-            "data.args.root", f"must hold as many {part} labels as images", got, "download the files again"
-        )
+        raise JobError("data.args.root", f"must hold as many {part} labels as images", got, "download the files again")
     inputs = (torch.from_numpy(images).float() / 255 - _FASHION_MEAN) / _FASHION_DEVIATION
     return inputs.unsqueeze(1), torch.from_numpy(labels).long()
 
@@ -182,9 +172,7 @@ def _read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
     except (OSError, EOFError, ValueError, struct.error) as error:
         got = f"{file} ({type(error).__name__}: {error})"
-        raise JobError(
-            "data.args.root", "must hold readable IDX files", got, "download the files again"
-        ) from error
+        raise JobError("data.args.root", "must hold readable IDX files", got, "download the files again") from error
 
 
 BUILTIN: Mapping[str, Callable[..., Any]] = MappingProxyType(

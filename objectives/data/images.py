@@ -93,9 +93,7 @@ def imagefolder(
     ]
     classes = sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir())
     datasets = [ImageFolder(_files(folder, classes), (extent[0], extent[1])) for folder in folders]
-    parts = [
-        from_dataset(dataset, memory_limit_bytes=memory_limit_bytes, workers=workers) for dataset in datasets
-    ]
+    parts = [from_dataset(dataset, memory_limit_bytes=memory_limit_bytes, workers=workers) for dataset in datasets]
     return Splits(train=parts[0], validation=parts[1], test=parts[2])
 
 
@@ -124,9 +122,7 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir()):
         if subfolder.name not in classes:
             remedy = f"give it training images, or remove it; the classes are {', '.join(classes[:12])}"
-            raise JobError(
-                "data.args.root", "must have the same classes in every split", str(subfolder), remedy
-            )
+            raise JobError("data.args.root", "must have the same classes in every split", str(subfolder), remedy)
         label = classes.index(subfolder.name)
         files += [(file, label) for file in sorted(subfolder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
     if not files:

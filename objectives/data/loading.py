@@ -50,9 +50,7 @@ def load_splits(
     """
     if isinstance(source, Splits):
         if args:
-            raise JobError(
-                "data.args", "must be empty for splits that are built already", dict(args), "remove them"
-            )
+            raise JobError("data.args", "must be empty for splits that are built already", dict(args), "remove them")
         splits = source
     else:
         splits = _as_splits(call_factory(_find(source), args or {}, where="data"), memory_limit_bytes)
@@ -68,12 +66,8 @@ def _find(source: str | Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(source, str):
         if ":" not in source and not source.startswith("<live "):
             if source not in BUILTIN:
-                remedy = (
-                    f"{closest(source, BUILTIN)} (your own functions are written 'package.module:function')"
-                )
-                raise JobError(
-                    "data.source", "must be a built-in name or an import string", repr(source), remedy
-                )
+                remedy = f"{closest(source, BUILTIN)} (your own functions are written 'package.module:function')"
+                raise JobError("data.source", "must be a built-in name or an import string", repr(source), remedy)
             return BUILTIN[source]
         found = import_string(source, where="data.source")
     if isinstance(found, Splits):
@@ -178,8 +172,7 @@ def _structure(split: Split) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape[1:])}"
 
     inputs = ", ".join(
-        f"{key}: {describe(tensor)}" if key else describe(tensor)
-        for key, tensor in tensors(sample.inputs).items()
+        f"{key}: {describe(tensor)}" if key else describe(tensor) for key, tensor in tensors(sample.inputs).items()
     )
     kind = type(sample.inputs).__name__
     return f"{kind}({inputs}) -> {describe(sample.targets)}"

@@ -89,9 +89,7 @@ class Split:
         """The first `n` samples, or all where there are fewer."""
         return self.subset(torch.arange(min(n, len(self))))
 
-    def batches(
-        self, size: int, *, shuffle_seed: int | None = None, drop_last: bool = False
-    ) -> Iterator[Batch]:
+    def batches(self, size: int, *, shuffle_seed: int | None = None, drop_last: bool = False) -> Iterator[Batch]:
         """Go through the split once.
 
         Args:
@@ -184,9 +182,7 @@ class Splits:
     augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
 
 
-def from_dataset(
-    dataset: MapDataset, *, memory_limit_bytes: int = MEMORY_LIMIT_BYTES, workers: int = 0
-) -> Split:
+def from_dataset(dataset: MapDataset, *, memory_limit_bytes: int = MEMORY_LIMIT_BYTES, workers: int = 0) -> Split:
     """A split of a map-style dataset: in memory if its size (first sample times length) is within the limit.
 
     Raises:

@@ -8,7 +8,16 @@ from difflib import get_close_matches
 from paretune.errors import JobError
 from paretune.objectives.runtimes.base import Capabilities, LayerReport, LoadOptions, Runtime, Session, Target
 
-__all__ = ["RUNTIMES", "Capabilities", "LayerReport", "LoadOptions", "Runtime", "Session", "Target", "get_runtime"]
+__all__ = [
+    "RUNTIMES",
+    "Capabilities",
+    "LayerReport",
+    "LoadOptions",
+    "Runtime",
+    "Session",
+    "Target",
+    "get_runtime",
+]
 
 RUNTIMES = {
     "openvino": ("paretune.objectives.runtimes.openvino", "OpenVINO"),

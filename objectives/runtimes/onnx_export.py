@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -78,11 +77,10 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
             assert program is not None
             proto = program.model_proto
         else:
-            buffer = io.BytesIO()
             torch.onnx.export(
                 wrapped,
                 args,
-                buffer,
+                path,
                 input_names=names,
                 output_names=["output"],
                 opset_version=OPSET,
@@ -90,6 +88,6 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
                 do_constant_folding=False,
                 dynamo=False,
             )
-            proto = onnx.load_from_string(buffer.getvalue())
+            proto = onnx.load(path)
     fold_weights(proto.graph)
     onnx.save(proto, path)

@@ -71,9 +71,15 @@ def _constants(graph: GraphProto) -> dict[str, Array]:
 
 
 def _bake(graph: GraphProto, constants: dict[str, Array]) -> None:
-    """Turn the scales and zero points of Q/DQ into initializers; some runtimes look for them only there."""
+    """Turn constants that some runtimes look for only there into initializers: scales, zero points, shared values.
+
+    The exporter stores equal tensors once, e.g. all zero biases of a fresh model; undone, the size of the file depends
+    on the model's shape alone.
+    """
     present = {initializer.name for initializer in graph.initializer}
     for node in graph.node:
+        if node.op_type == "Identity" and node.output[0] in constants:
+            graph.initializer.append(numpy_helper.from_array(constants[node.output[0]], node.output[0]))
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for name in node.input[1:]:
                 if name in constants and name not in present:

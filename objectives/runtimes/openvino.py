@@ -13,7 +13,15 @@ from torch import nn
 
 from paretune.errors import JobError, TrialError
 from paretune.objectives.data.inputs import Inputs
-from paretune.objectives.runtimes.base import Array, Arrays, Capabilities, LayerReport, LoadOptions, Runtime, Session
+from paretune.objectives.runtimes.base import (
+    Array,
+    Arrays,
+    Capabilities,
+    LayerReport,
+    LoadOptions,
+    Runtime,
+    Session,
+)
 from paretune.objectives.runtimes.onnx_export import export_onnx
 
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8}
@@ -39,9 +47,7 @@ class OpenVINO(Runtime):
     def load(self, path: Path, options: LoadOptions) -> Session:
         model = self._core.read_model(str(path))
         try:
-            model.reshape(
-                {port.any_name: [options.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs}
-            )
+            model.reshape({port.any_name: [options.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs})
         except RuntimeError as error:
             raise TrialError(
                 f"an artifact must accept any batch size, but {path.name} can't be reshaped to a batch of "
@@ -100,7 +106,9 @@ class _Session(Session):
                 for name in info.get("originalLayersNames", "").split(","):
                     # An operation whose bias is all zero keeps no other name than this.
                     name = name.removesuffix("/WithoutBiases")
-                    reports[self._aliases.get(name, name)] = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
+                    reports[self._aliases.get(name, name)] = LayerReport(
+                        _BITS[precision], times.get(friendly, 0.0) / total
+                    )
         return reports
 
     def _times(self) -> dict[str, float]:

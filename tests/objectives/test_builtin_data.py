@@ -66,9 +66,7 @@ def test_fashion_mnist(tmp_path: Path, compress: bool) -> None:
 
 
 @pytest.mark.parametrize("subfolder", ["", "fashion-mnist"], ids=["itself", "subfolder"])
-def test_fashion_mnist_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subfolder: str
-) -> None:
+def test_fashion_mnist_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subfolder: str) -> None:
     write_fashion(tmp_path / subfolder)
     monkeypatch.setenv("PARETUNE_DATA", str(tmp_path))
     assert len(load_splits("fashion-mnist", {"validation": 10}).train) == 50
@@ -84,12 +82,8 @@ def test_fashion_mnist_from_the_environment(
             "t10k-labels-idx1-ubyte", None, "must hold readable IDX files.*FileNotFoundError", id="incomplete"
         ),
         pytest.param("t10k-labels-idx1-ubyte", b"\x00", "must hold readable IDX files", id="truncated"),
-        pytest.param(
-            "t10k-labels-idx1-ubyte", b"\x00\x00\x0d\x01" + bytes(8), "not an IDX file of bytes", id="type"
-        ),
-        pytest.param(
-            "t10k-labels-idx1-ubyte", b"\x1f\x8babc", "must hold readable IDX files", id="broken gzip"
-        ),
+        pytest.param("t10k-labels-idx1-ubyte", b"\x00\x00\x0d\x01" + bytes(8), "not an IDX file of bytes", id="type"),
+        pytest.param("t10k-labels-idx1-ubyte", b"\x1f\x8babc", "must hold readable IDX files", id="broken gzip"),
         pytest.param(
             "t10k-labels-idx1-ubyte",
             b"\x00\x00\x08\x01\x00\x00\x00\x01\x00",
@@ -131,12 +125,8 @@ def test_npz(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        pytest.param(
-            {k: v for k, v in archive().items() if k != "y_test"}, "must hold the array 'y_test'", id="key"
-        ),
-        pytest.param(
-            archive(np.array([{}] * 10)), "must hold numeric arrays.*allow_pickle=False", id="objects"
-        ),
+        pytest.param({k: v for k, v in archive().items() if k != "y_test"}, "must hold the array 'y_test'", id="key"),
+        pytest.param(archive(np.array([{}] * 10)), "must hold numeric arrays.*allow_pickle=False", id="objects"),
     ],
 )
 def test_wrong_npz(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:

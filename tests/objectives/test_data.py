@@ -103,9 +103,7 @@ def test_batches_in_order(split: Split) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_shuffling_is_deterministic_and_leaves_the_global_state_alone(split: Split) -> None:
     state = torch.random.get_rng_state()
-    orders = [
-        torch.cat([batch.indices for batch in split.batches(3, shuffle_seed=seed)]) for seed in (1, 1, 2)
-    ]
+    orders = [torch.cat([batch.indices for batch in split.batches(3, shuffle_seed=seed)]) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
@@ -142,9 +140,7 @@ def test_batch_size_must_be_positive(split: Split) -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(
-        JobError, match=r"as many targets as inputs, but got inputs 'b' \(9, 4\) and targets \(10,\)"
-    ):
+    with pytest.raises(JobError, match=r"as many targets as inputs, but got inputs 'b' \(9, 4\) and targets \(10,\)"):
         Split({"a": X, "b": X[:9]}, Y)
 
 
@@ -155,9 +151,7 @@ def test_lengths_must_agree() -> None:
         pytest.param(three((X, Y)), id="tuple of torch pairs"),
         pytest.param(three((X.double().numpy(), Y.to(torch.uint8).numpy())), id="numpy"),
         pytest.param(dict(zip(("train", "validation", "test"), three((X, Y)), strict=True)), id="dict"),
-        pytest.param(
-            dict(zip(("train", "val", "test"), three((X, Y.tolist())), strict=True)), id="dict with val"
-        ),
+        pytest.param(dict(zip(("train", "val", "test"), three((X, Y.tolist())), strict=True)), id="dict with val"),
         pytest.param(three(Pairs()), id="datasets"),
         pytest.param([Split(X, Y), (X, Y), torch.utils.data.TensorDataset(X, Y)], id="mixed"),
     ],
@@ -203,12 +197,8 @@ def nan_at(row: int) -> Tensor:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        pytest.param(
-            three((X[:0], Y[:0])), "must give a train split with samples, but got 0 samples", id="empty"
-        ),
-        pytest.param(
-            three(Pairs(0)), "must give splits with samples, but got an empty dataset", id="empty dataset"
-        ),
+        pytest.param(three((X[:0], Y[:0])), "must give a train split with samples, but got 0 samples", id="empty"),
+        pytest.param(three(Pairs(0)), "must give splits with samples, but got an empty dataset", id="empty dataset"),
         pytest.param(three((X, Y[:5])), "must give as many targets as inputs", id="lengths"),
         pytest.param(three((X[0, 0], Y)), "must give as many targets as inputs", id="scalar inputs"),
         pytest.param(
@@ -221,12 +211,8 @@ def nan_at(row: int) -> Tensor:
             "finite inputs 'a' in its test split.*in 10 of 10",
             id="infinite",
         ),
-        pytest.param(
-            three((X, nan_at(2)[:, 0])), "finite targets in its train split.*sample 2", id="NaN target"
-        ),
-        pytest.param(
-            three(Items(lambda i: (nan_at(9)[i], 1))), "finite inputs.*sample 9", id="NaN in dataset"
-        ),
+        pytest.param(three((X, nan_at(2)[:, 0])), "finite targets in its train split.*sample 2", id="NaN target"),
+        pytest.param(three(Items(lambda i: (nan_at(9)[i], 1))), "finite inputs.*sample 9", id="NaN in dataset"),
         pytest.param(
             ((X, Y), (X[:, :3], Y), (X, Y)),
             r"same structure as the train split, Tensor\(float32\[4\]\) -> int64\[\], "
@@ -235,27 +221,19 @@ def nan_at(row: int) -> Tensor:
         ),
         pytest.param(((X, Y), (X, Y), ((X,), Y)), "test split of the same structure", id="kinds"),
         pytest.param(((X, Y), (X, Y), (X, Y.float())), "test split of the same structure", id="types"),
-        pytest.param(
-            (X, Y), "must return Splits, or train, validation and test.*but got a tuple of 2", id="two"
-        ),
+        pytest.param((X, Y), "must return Splits, or train, validation and test.*but got a tuple of 2", id="two"),
         pytest.param({"train": (X, Y)}, "must return Splits.*but got a dict with 'train'", id="keys"),
         pytest.param(None, "must return Splits.*but got NoneType", id="None"),
-        pytest.param(
-            three(iter([1])), r"a train split as \(inputs, targets\).*but got list_iterator", id="iterator"
-        ),
+        pytest.param(three(iter([1])), r"a train split as \(inputs, targets\).*but got list_iterator", id="iterator"),
         pytest.param(three((["a"], Y)), "must give inputs as a tensor, or a tuple or dictionary", id="texts"),
-        pytest.param(
-            three(Items(lambda i: X[i])), r"datasets of \(inputs, target\) items, but got Tensor", id="items"
-        ),
+        pytest.param(three(Items(lambda i: X[i])), r"datasets of \(inputs, target\) items, but got Tensor", id="items"),
         pytest.param(three(Items(lambda i: (object(), 1))), "samples that stack into a batch", id="objects"),
         pytest.param(
             three(Items(lambda i: (X[0, : 1 + i % 2], 1))),
             "samples that stack into a batch",
             id="ragged dataset",
         ),
-        pytest.param(
-            three(Items(lambda i: (torch.rand(2), 1))), "same sample at every read.*augment", id="random"
-        ),
+        pytest.param(three(Items(lambda i: (torch.rand(2), 1))), "same sample at every read.*augment", id="random"),
         pytest.param(Splits(X, X, X), "the train split as a Split, but got Tensor", id="no Split"),  # type: ignore[arg-type]
     ],
 )
@@ -276,28 +254,18 @@ def load_named(size: int, *, seed: int = 0) -> Any:
 @pytest.mark.parametrize(
     ("source", "args", "message"),
     [
-        pytest.param(
-            "digit", {}, r"data\.source must be a built-in name.*did you mean 'digits'\?", id="built-in"
-        ),
-        pytest.param(
-            "digits", {"sed": 1}, r"data\.args must.*'sed'; did you mean 'seed'\?", id="argument of built-in"
-        ),
-        pytest.param(
-            load_named, {}, r"data\.args must hold the required parameter 'size'", id="missing argument"
-        ),
+        pytest.param("digit", {}, r"data\.source must be a built-in name.*did you mean 'digits'\?", id="built-in"),
+        pytest.param("digits", {"sed": 1}, r"data\.args must.*'sed'; did you mean 'seed'\?", id="argument of built-in"),
+        pytest.param(load_named, {}, r"data\.args must hold the required parameter 'size'", id="missing argument"),
         pytest.param(load_named, {"size": 3, "sed": 1}, r"did you mean 'seed'\?", id="unknown argument"),
-        pytest.param(
-            load_named, {"size": "a"}, r"data must load.*load_named\(\), but got TypeError", id="raises"
-        ),
+        pytest.param(load_named, {"size": "a"}, r"data must load.*load_named\(\), but got TypeError", id="raises"),
         pytest.param("no such:thing", {}, r"data\.source must be an import string", id="syntax"),
         pytest.param("paretune_nowhere:x", {}, r"'paretune_nowhere', which doesn't exist", id="module"),
         pytest.param("paretune.objektives:x", {}, r"did you mean 'objectives'\?", id="submodule"),
         pytest.param(
             "paretune.errors:JobErro", {}, r"defines, but got 'JobErro'; did you mean 'JobError'\?", id="name"
         ),
-        pytest.param(
-            "math:pi", {}, r"data\.source must name a function, but got 'math:pi', a float", id="no function"
-        ),
+        pytest.param("math:pi", {}, r"data\.source must name a function, but got 'math:pi', a float", id="no function"),
         pytest.param(
             Splits(*three(Split(X, Y))), {"a": 1}, r"data\.args must be empty for splits", id="args of splits"
         ),
@@ -354,7 +322,5 @@ def test_a_namesake_of_another_folder_is_refused(modules: Path) -> None:
     add_to_path([modules / "one"])
     assert import_string("user_project:x", where="data.source") == "one"
     add_to_path([modules / "two"])
-    with pytest.raises(
-        JobError, match=r"must name the module 'user_project' that is found first.*another process"
-    ):
+    with pytest.raises(JobError, match=r"must name the module 'user_project' that is found first.*another process"):
         import_string("user_project:x", where="data.source")

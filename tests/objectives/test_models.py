@@ -57,9 +57,7 @@ def test_modules_are_copied(factory: Any) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 def test_weights(tmp_path: Path, suffix: str) -> None:
-    state = {
-        name: torch.rand_like(value.float()).to(value.dtype) for name, value in build().state_dict().items()
-    }
+    state = {name: torch.rand_like(value.float()).to(value.dtype) for name, value in build().state_dict().items()}
     path = tmp_path / f"w{suffix}"
     if suffix == ".safetensors":
         save_file(state, path)
@@ -102,12 +100,8 @@ def without(state: dict[str, Any], *names: str) -> dict[str, Any]:
             r"the shapes of the model, \(2, 3\) here.*\(4, 3\)",
             id="shape",
         ),
-        pytest.param(
-            lambda s: {**s, "0.bias": torch.full((2,), torch.nan)}, r"must be finite.*0\.bias", id="NaN"
-        ),
-        pytest.param(
-            lambda s: {"state_dict": s}, r"a state dictionary.*a dict with 'state_dict'", id="nested"
-        ),
+        pytest.param(lambda s: {**s, "0.bias": torch.full((2,), torch.nan)}, r"must be finite.*0\.bias", id="NaN"),
+        pytest.param(lambda s: {"state_dict": s}, r"a state dictionary.*a dict with 'state_dict'", id="nested"),
         pytest.param(lambda s: [1], "a state dictionary, of tensors alone, but got list", id="list"),
         pytest.param(
             lambda s: build(),
@@ -116,9 +110,7 @@ def without(state: dict[str, Any], *names: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_weights_that_do_not_fit(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
+def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     torch.save(change(build().state_dict()), tmp_path / "w.pt")
     with pytest.raises(JobError, match=rf"model\.weights .*{message}"):
         ModelSource(build, weights=tmp_path / "w.pt").build()
@@ -128,9 +120,7 @@ def test_weights_that_do_not_fit(
     ("name", "content", "message"),
     [
         pytest.param("w.pt", None, "must be a file, but got .*w.pt, which doesn't exist", id="missing"),
-        pytest.param(
-            "w.onnx", b"", r"must end in \.safetensors, \.pt or \.pth, but got w\.onnx", id="suffix"
-        ),
+        pytest.param("w.onnx", b"", r"must end in \.safetensors, \.pt or \.pth, but got w\.onnx", id="suffix"),
         pytest.param("w.safetensors", b"abc", "must be a readable file of weights", id="broken safetensors"),
         pytest.param("w.pt", b"", "must be a readable file of weights", id="empty pt"),
     ],
@@ -149,24 +139,16 @@ def fails() -> nn.Module:
 @pytest.mark.parametrize(
     ("factory", "args", "message"),
     [
-        pytest.param(
-            build, {"widht": 3}, r"model\.args must.*'widht'; did you mean 'width'\?", id="unknown argument"
-        ),
-        pytest.param(
-            nn.Linear, {"in_features": 3}, "required parameter 'out_features'", id="missing argument"
-        ),
+        pytest.param(build, {"widht": 3}, r"model\.args must.*'widht'; did you mean 'width'\?", id="unknown argument"),
+        pytest.param(nn.Linear, {"in_features": 3}, "required parameter 'out_features'", id="missing argument"),
         pytest.param(
             fails,
             {},
             r"model must load without an error from fails\(\).*RuntimeError: no weights",
             id="raises",
         ),
-        pytest.param(
-            dict, {}, r"model\.factory must return a torch\.nn\.Module, but got dict", id="no module"
-        ),
-        pytest.param(
-            "math:pi", {}, r"model\.factory must be a function.*'math:pi', a float", id="no function"
-        ),
+        pytest.param(dict, {}, r"model\.factory must return a torch\.nn\.Module, but got dict", id="no module"),
+        pytest.param("math:pi", {}, r"model\.factory must be a function.*'math:pi', a float", id="no function"),
         pytest.param(MODULE, {"a": 1}, r"model\.args must be empty for a module", id="arguments of a module"),
         pytest.param(f"{__name__}:biuld", {}, r"model\.factory must name.*did you mean 'build'\?", id="name"),
         pytest.param("build", {}, r"model\.factory must be an import string", id="syntax"),
@@ -181,9 +163,7 @@ def test_wrong_factories(factory: Any, args: dict[str, Any], message: str) -> No
 def zoos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that comes first on the path, for packages that stand in for the zoos."""
     known = {
-        name: module
-        for name, module in sys.modules.items()
-        if name.partition(".")[0] not in ("timm", "torchvision")
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] not in ("timm", "torchvision")
     }
     monkeypatch.setattr(sys, "modules", known)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -210,13 +190,9 @@ def test_zoos(zoos: Path, zoo: str) -> None:
     model = ModelSource(f"{zoo}:resnet18", {"width": 4}).build()
     assert isinstance(model, nn.Linear)
     assert model.in_features == 4
-    with pytest.raises(
-        JobError, match=rf"must name a model of {zoo}, but got 'resnet81'; did you mean 'resnet18'\?"
-    ):
+    with pytest.raises(JobError, match=rf"must name a model of {zoo}, but got 'resnet81'; did you mean 'resnet18'\?"):
         ModelSource(f"{zoo}:resnet81").build()
-    with pytest.raises(
-        JobError, match=rf"must be built without an error by {zoo}.*TypeError.*check model\.args"
-    ):
+    with pytest.raises(JobError, match=rf"must be built without an error by {zoo}.*TypeError.*check model\.args"):
         ModelSource(f"{zoo}:resnet18", {"x": 4}).build()
 
 

@@ -57,9 +57,7 @@ def test_dense_prediction_is_classification_of_every_position() -> None:
     dense, teacher = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
     labels = torch.randint(3, (2, 4, 5), generator=generator)
     flat, flat_teacher = (tensor.movedim(1, -1).reshape(-1, 3) for tensor in (dense, teacher))
-    torch.testing.assert_close(
-        CLASSIFICATION.loss(dense, labels), CLASSIFICATION.loss(flat, labels.flatten())
-    )
+    torch.testing.assert_close(CLASSIFICATION.loss(dense, labels), CLASSIFICATION.loss(flat, labels.flatten()))
     assert CLASSIFICATION.metric(dense, labels) == CLASSIFICATION.metric(flat, labels.flatten())
     torch.testing.assert_close(
         CLASSIFICATION.distillation_loss(dense, teacher, 3.0),
@@ -97,13 +95,9 @@ def test_regression_matches_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(50, 3, generator=generator)
     outputs = targets + 0.3 * torch.randn(50, 3, generator=generator)
-    assert REGRESSION.metric(outputs, targets) == pytest.approx(
-        r2_score(targets.numpy(), outputs.numpy()), abs=1e-6
-    )
+    assert REGRESSION.metric(outputs, targets) == pytest.approx(r2_score(targets.numpy(), outputs.numpy()), abs=1e-6)
     torch.testing.assert_close(REGRESSION.loss(outputs, targets), (outputs - targets).square().mean())
-    torch.testing.assert_close(
-        REGRESSION.distillation_loss(outputs, targets, 7.0), (outputs - targets).square().mean()
-    )
+    torch.testing.assert_close(REGRESSION.distillation_loss(outputs, targets, 7.0), (outputs - targets).square().mean())
 
 
 @pytest.mark.parametrize(
@@ -126,27 +120,19 @@ def test_r2_of_special_values(outputs: Any, targets: Any, expected: float) -> No
 def test_regression_never_broadcasts() -> None:
     outputs, targets = torch.ones(4, 1), torch.arange(4.0)
     torch.testing.assert_close(REGRESSION.loss(outputs, targets), (1 - targets).square().mean())
-    with pytest.raises(
-        JobError, match=r"values of the targets' shape, but got outputs \(4, 2\) for targets \(4,\)"
-    ):
+    with pytest.raises(JobError, match=r"values of the targets' shape, but got outputs \(4, 2\) for targets \(4,\)"):
         REGRESSION.loss(torch.ones(4, 2), targets)
 
 
 @pytest.mark.parametrize(
     ("task", "outputs", "targets", "message"),
     [
-        pytest.param(
-            CLASSIFICATION, LABELS, LABELS, "must return a tensor of floats, but got torch.int64", id="ints"
-        ),
+        pytest.param(CLASSIFICATION, LABELS, LABELS, "must return a tensor of floats, but got torch.int64", id="ints"),
         pytest.param(CLASSIFICATION, (LOGITS,), LABELS, "tensor of floats, but got tuple", id="tuple"),
         pytest.param(CLASSIFICATION, LOGITS[:3], LABELS, "one output a sample.*\\(3, 3\\)", id="fewer"),
         pytest.param(CLASSIFICATION, LOGITS.sum(), LABELS, "one output a sample", id="scalar"),
-        pytest.param(
-            CLASSIFICATION, LOGITS / 0, LABELS, "finite outputs, but got NaN or infinity", id="infinite"
-        ),
-        pytest.param(
-            CLASSIFICATION, LOGITS[:, 0], LABELS, r"must return \(N, classes, \.\.\.\)", id="no class axis"
-        ),
+        pytest.param(CLASSIFICATION, LOGITS / 0, LABELS, "finite outputs, but got NaN or infinity", id="infinite"),
+        pytest.param(CLASSIFICATION, LOGITS[:, 0], LABELS, r"must return \(N, classes, \.\.\.\)", id="no class axis"),
         pytest.param(CLASSIFICATION, LOGITS, LABELS[:, None], r"must return \(N, classes", id="target axis"),
         pytest.param(CLASSIFICATION, LOGITS[:, :1], LABELS, "at least 2 classes", id="one class"),
         pytest.param(CLASSIFICATION, LOGITS, LABELS.int(), "int64 labels.*torch.int32", id="int32"),
@@ -154,9 +140,7 @@ def test_regression_never_broadcasts() -> None:
         pytest.param(CLASSIFICATION, LOGITS, LABELS + 1, r"labels in \[0, 3\).*from 1 to 3", id="above"),
         pytest.param(CLASSIFICATION, LOGITS, LABELS - 1, r"labels in \[0, 3\).*from -1 to 1", id="below"),
         pytest.param(REGRESSION, LOGITS, LOGITS[:, :2], "values of the targets' shape", id="columns"),
-        pytest.param(
-            REGRESSION, LOGITS[:, 0], LABELS, "floats as targets.*task: classification", id="labels"
-        ),
+        pytest.param(REGRESSION, LOGITS[:, 0], LABELS, "floats as targets.*task: classification", id="labels"),
         pytest.param(Half(), LOGITS[:3], LABELS, "one output a sample", id="default check"),
     ],
 )
@@ -193,17 +177,11 @@ def test_load_task(task: str | Task, kind: type[Task]) -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        pytest.param(
-            "clasification", r"task must be a known task.*did you mean 'classification'\?", id="name"
-        ),
+        pytest.param("clasification", r"task must be a known task.*did you mean 'classification'\?", id="name"),
         pytest.param("math:pi", "task must be a Task, but got 'math:pi', a float", id="no task"),
-        pytest.param(
-            "builtins:dict", "task must be a Task, but got 'builtins:dict', a dict", id="other class"
-        ),
+        pytest.param("builtins:dict", "task must be a Task, but got 'builtins:dict', a dict", id="other class"),
         pytest.param("math:sqrt", "task must be made without arguments", id="arguments"),
-        pytest.param(
-            "paretune.objectives.tasks:Task", "task must be made without arguments.*abstract", id="abstract"
-        ),
+        pytest.param("paretune.objectives.tasks:Task", "task must be made without arguments.*abstract", id="abstract"),
         pytest.param("nowhere_at_all:x", "task must name a module that can be imported", id="module"),
         pytest.param("<live Half>", "task must be importable for this", id="live"),
     ],

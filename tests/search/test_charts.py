@@ -110,8 +110,7 @@ def _draw(validation: list[Mark], test: list[Mark]) -> str:
 
 
 FRONT = [
-    Mark(latency, accuracy, "trial", f"{latency}", front=True)
-    for latency, accuracy in ((4, 92), (2, 90), (1, 86))
+    Mark(latency, accuracy, "trial", f"{latency}", front=True) for latency, accuracy in ((4, 92), (2, 90), (1, 86))
 ]
 
 
@@ -142,9 +141,7 @@ def test_error_bars_belong_to_points_of_the_front_alone() -> None:
 
 
 def test_neighbouring_labels_do_not_cover_each_other() -> None:
-    marks = [
-        Mark(2 + 0.01 * index, 90, "trial", "", front=True, label=f"label {index}") for index in range(4)
-    ]
+    marks = [Mark(2 + 0.01 * index, 90, "trial", "", front=True, label=f"label {index}") for index in range(4)]
     labels = _elements(_draw([*FRONT, *marks], []), "halo")
     places = [(float(label.get("x", "")), float(label.get("y", ""))) for label in labels]
     assert len(places) == 4

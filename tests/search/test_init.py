@@ -58,9 +58,7 @@ def test_the_template_shows_every_default(tmp_path: Path) -> None:
     explicit = load_job(tmp_path / "job.yaml")
     text = (tmp_path / "job.yaml").read_text()
     assert set(yaml.safe_load(text)) == set(Job.model_fields)
-    minimal = (
-        "name: digits\nmodel: {factory: 'project:build', weights: weights.safetensors}\ndata: project:data\n"
-    )
+    minimal = "name: digits\nmodel: {factory: 'project:build', weights: weights.safetensors}\ndata: project:data\n"
     (tmp_path / "minimal.yaml").write_text(minimal)
     assert load_job(tmp_path / "minimal.yaml").model_dump() == explicit.model_dump()
     content = yaml.safe_load(text)

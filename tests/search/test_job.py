@@ -72,9 +72,7 @@ python_path: [., ../lib]
 
 
 def test_a_number_fixes_a_range_and_numbers_are_yaml_1_2(tmp_path: Path) -> None:
-    job = load_job(
-        write(tmp_path, MINIMAL + "space: {learning_rate: 1e-3, temperature: [2, 4.5], bits: [8, 32]}")
-    )
+    job = load_job(write(tmp_path, MINIMAL + "space: {learning_rate: 1e-3, temperature: [2, 4.5], bits: [8, 32]}"))
     assert job.space.learning_rate == (1e-3, 1e-3)
     assert job.space.temperature == (2.0, 4.5)
     assert job.space.bits == [8, 32]
@@ -120,16 +118,12 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
             r"search\.trails must be a known key.*did you mean 'search\.trials'",
             id="unknown",
         ),
-        pytest.param(
-            "serch.trials=3", r"serch must be a known key.*did you mean 'search'", id="unknown section"
-        ),
+        pytest.param("serch.trials=3", r"serch must be a known key.*did you mean 'search'", id="unknown section"),
         pytest.param("search.trials", r"override must be KEY=VALUE", id="no value"),
         pytest.param("=3", r"override must be KEY=VALUE", id="no key"),
         pytest.param("name.x=3", r"name is 'small'; override the whole key", id="not a section"),
         pytest.param("space.bits=[8", r"override space\.bits must be YAML", id="broken YAML"),
-        pytest.param(
-            "search.trials=many", r"search\.trials must be a valid integer, but got 'many'", id="wrong type"
-        ),
+        pytest.param("search.trials=many", r"search\.trials must be a valid integer, but got 'many'", id="wrong type"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
@@ -168,57 +162,31 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
             id="bits",
         ),
         pytest.param("space: {bits: []}", r"space\.bits must be 'auto' or a list", id="no bits"),
-        pytest.param(
-            "space: {bits: [8, 8]}", r"space\.bits must not repeat an entry, but got 8", id="bits twice"
-        ),
+        pytest.param("space: {bits: [8, 8]}", r"space\.bits must not repeat an entry, but got 8", id="bits twice"),
         pytest.param("space: {importance: [l3]}", r"space\.importance\[0\] must be 'l1'", id="importance"),
-        pytest.param(
-            "space: {importance: []}", r"space\.importance must have at least 1 item", id="no importance"
-        ),
-        pytest.param(
-            "space: {temperature: [4, 1]}", r"must have its lower end first.*write \[1, 4\]", id="reversed"
-        ),
-        pytest.param(
-            "space: {temperature: 0.5}", r"space\.temperature must lie in \[1, inf\)", id="temperature"
-        ),
+        pytest.param("space: {importance: []}", r"space\.importance must have at least 1 item", id="no importance"),
+        pytest.param("space: {temperature: [4, 1]}", r"must have its lower end first.*write \[1, 4\]", id="reversed"),
+        pytest.param("space: {temperature: 0.5}", r"space\.temperature must lie in \[1, inf\)", id="temperature"),
         pytest.param(
             "space: {temperature: [1, 2, 3]}",
             r"space\.temperature must be \[low, high\] or one number",
             id="three",
         ),
-        pytest.param(
-            "space: {temperature: [1, .inf]}", r"space\.temperature must be \[low, high\]", id="infinite"
-        ),
-        pytest.param(
-            "space: {distillation_weight: [0, 2]}", r"distillation_weight must lie in \[0, 1\]", id="weight"
-        ),
+        pytest.param("space: {temperature: [1, .inf]}", r"space\.temperature must be \[low, high\]", id="infinite"),
+        pytest.param("space: {distillation_weight: [0, 2]}", r"distillation_weight must lie in \[0, 1\]", id="weight"),
         pytest.param("space: {learning_rate: [0, 1]}", r"learning_rate must lie in \(0, inf\)", id="rate"),
-        pytest.param(
-            "space: {prune: false, quantize: false}", r"space must leave something to choose", id="no space"
-        ),
+        pytest.param("space: {prune: false, quantize: false}", r"space must leave something to choose", id="no space"),
         pytest.param("finetune: {epochs: 0}", r"finetune\.epochs must be greater than 0", id="epochs"),
-        pytest.param(
-            "finetune: {epochs: true}", r"finetune\.epochs must be a valid number, but got True", id="bool"
-        ),
-        pytest.param(
-            "finetune: {optimizer: adam}", r"finetune\.optimizer.*did you mean 'adamw'\?", id="optimizer"
-        ),
+        pytest.param("finetune: {epochs: true}", r"finetune\.epochs must be a valid number, but got True", id="bool"),
+        pytest.param("finetune: {optimizer: adam}", r"finetune\.optimizer.*did you mean 'adamw'\?", id="optimizer"),
         pytest.param(
             "finetune: {channels_last: 2}", r"channels_last must be true, false or 'auto'", id="channels_last"
         ),
-        pytest.param(
-            "finetune: {quantized_share: 2}", r"quantized_share must be less than or equal to 1", id="share"
-        ),
+        pytest.param("finetune: {quantized_share: 2}", r"quantized_share must be less than or equal to 1", id="share"),
         pytest.param("finetune: {gradient_clip: 0}", r"gradient_clip must be greater than 0", id="clip"),
-        pytest.param(
-            "target: {threads: 0}", r"target\.threads must be greater than or equal to 1", id="threads"
-        ),
-        pytest.param(
-            "target: {runtime: ''}", r"target\.runtime must have at least 1 character", id="runtime"
-        ),
-        pytest.param(
-            "objectives: [latency_ms, params]", r"objectives must be two to four.*accuracy", id="no accuracy"
-        ),
+        pytest.param("target: {threads: 0}", r"target\.threads must be greater than or equal to 1", id="threads"),
+        pytest.param("target: {runtime: ''}", r"target\.runtime must have at least 1 character", id="runtime"),
+        pytest.param("objectives: [latency_ms, params]", r"objectives must be two to four.*accuracy", id="no accuracy"),
         pytest.param("objectives: [accuracy]", r"objectives must be two to four", id="one objective"),
         pytest.param(
             "objectives: [accuracy, params, params]",
@@ -234,15 +202,11 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
             id="op",
         ),
         pytest.param("constraints: ['speed <= 1']", r"constraints\[0\] must be a name", id="constraint name"),
-        pytest.param(
-            "constraints: ['accuracy >= 90']", r"at most 1 for accuracy.*0\.9 for 90 %", id="percent"
-        ),
+        pytest.param("constraints: ['accuracy >= 90']", r"at most 1 for accuracy.*0\.9 for 90 %", id="percent"),
         pytest.param(
             "search: {trials: null}", r"search must end.*give search\.trials or search\.timeout", id="endless"
         ),
-        pytest.param(
-            "search: {trials: 0}", r"search\.trials must be greater than or equal to 1", id="trials"
-        ),
+        pytest.param("search: {trials: 0}", r"search\.trials must be greater than or equal to 1", id="trials"),
         pytest.param("search: {sampler: tp}", r"search\.sampler.*did you mean 'tpe'\?", id="sampler"),
         pytest.param("search: {executor: ray}", r"search\.executor must be 'local'", id="executor"),
         pytest.param("search: {seed: -1}", r"search\.seed must be greater than or equal to 0", id="seed"),
@@ -261,16 +225,10 @@ def test_wrong_values(tmp_path: Path, addition: str, message: str) -> None:
         pytest.param("", r"job\.yaml must be a mapping of keys, but got nothing", id="empty"),
         pytest.param("- a", r"job\.yaml must be a mapping of keys, but got list", id="list"),
         pytest.param("a: [1", r"job\.yaml must be YAML.*in line 1", id="syntax"),
-        pytest.param(
-            "a: !!python/object:os.system {}", r"job\.yaml must be YAML.*could not determine", id="tag"
-        ),
+        pytest.param("a: !!python/object:os.system {}", r"job\.yaml must be YAML.*could not determine", id="tag"),
         pytest.param("a: 1\n\na: 2", r"'a' in line 1 and again in line 3; remove", id="duplicate"),
-        pytest.param(
-            "name: 'a b'\nmodel: {factory: 'a:b'}\ndata: digits", r"name must start with a letter", id="name"
-        ),
-        pytest.param(
-            "name: ..\nmodel: {factory: 'a:b'}\ndata: digits", r"name must start with a letter", id="dots"
-        ),
+        pytest.param("name: 'a b'\nmodel: {factory: 'a:b'}\ndata: digits", r"name must start with a letter", id="name"),
+        pytest.param("name: ..\nmodel: {factory: 'a:b'}\ndata: digits", r"name must start with a letter", id="dots"),
         pytest.param(
             "name: a\ndata: digits",
             r"model must be given, but got nothing; add it: the trained",
@@ -282,9 +240,7 @@ def test_wrong_values(tmp_path: Path, addition: str, message: str) -> None:
             id="factory",
         ),
         pytest.param("name: a\nmodel: {factory: 'a:b'}\ndata: digit", r"did you mean 'digits'\?", id="data"),
-        pytest.param(
-            "name: a\nmodel: {factory: 'a:b'}\ndata: 3", r"data must be a mapping of keys", id="data number"
-        ),
+        pytest.param("name: a\nmodel: {factory: 'a:b'}\ndata: 3", r"data must be a mapping of keys", id="data number"),
     ],
 )
 def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
@@ -310,9 +266,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_the_written_job_loads_from_another_folder(tmp_path: Path) -> None:
-    addition = (
-        "constraints: ['accuracy >= 0.123456789']\nspace: {temperature: 3, learning_rate: [1e-5, 1e-3]}\n"
-    )
+    addition = "constraints: ['accuracy >= 0.123456789']\nspace: {temperature: 3, learning_rate: [1e-5, 1e-3]}\n"
     job = load_job(write(tmp_path, MINIMAL + addition), ["model.weights=w.pt", "model.args.text='1e3'"])
     run = tmp_path / "elsewhere" / "run"
     run.mkdir(parents=True)
@@ -349,18 +303,14 @@ def test_live_objects(tmp_path: Path) -> None:
     assert (written["model"]["factory"], written["data"]["source"]) == ("<live Linear>", "<live Splits>")
     assert written["task"] == "<live Classification>"
     again = load_job(write(tmp_path, job.to_yaml()))
-    with pytest.raises(
-        JobError, match=r"model\.factory must be importable.*<live Linear>.*pass the object again"
-    ):
+    with pytest.raises(JobError, match=r"model\.factory must be importable.*<live Linear>.*pass the object again"):
         ModelSource(again.model.factory).build()
     with pytest.raises(JobError, match=r"data\.source must be importable"):
         load_splits(again.data.source)
 
 
 def test_importable_objects_are_written_as_import_strings() -> None:
-    job = make_job(
-        {"name": "live", "model": {"factory": build_linear}, "data": lambda: None, "task": Classification}
-    )
+    job = make_job({"name": "live", "model": {"factory": build_linear}, "data": lambda: None, "task": Classification})
     written = yaml.safe_load(job.to_yaml())
     assert written["model"]["factory"] == f"{__name__}:build_linear"
     assert written["task"] == "paretune.objectives.tasks:Classification"
@@ -369,9 +319,7 @@ def test_importable_objects_are_written_as_import_strings() -> None:
 
 
 def test_live_arguments_cannot_be_used_again(tmp_path: Path) -> None:
-    job = make_job(
-        {"name": "a", "model": {"factory": build_linear, "args": {"width": object()}}, "data": "digits"}
-    )
+    job = make_job({"name": "a", "model": {"factory": build_linear, "args": {"width": object()}}, "data": "digits"})
     again = load_job(write(tmp_path, job.to_yaml()))
     assert again.model.args == {"width": "<live object>"}
     with pytest.raises(JobError, match=r"model\.args\.width must be a plain value here"):
@@ -389,9 +337,7 @@ def test_reading_a_job_imports_neither_torch_nor_optuna(tmp_path: Path) -> None:
         "import sys; from paretune.search.job import load_job; load_job(sys.argv[1]).to_yaml(); "
         "print([name for name in ('torch', 'optuna', 'ray', 'sklearn') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, write(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, write(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

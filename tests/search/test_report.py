@@ -109,12 +109,8 @@ def _write(run: Path, front: dict[str, Any] | None, trials: list[dict[str, Any]]
     ]
     analysis = {"groups": [], "frozen": frozen, "layers": layers, "params": 270_000, "macs": 41_000_000}
     (run / "analysis.json").write_text(json.dumps(analysis), encoding="utf-8")
-    (run / "environment.json").write_text(
-        json.dumps({"python": "3.12", "cpu": {"name": "some <cpu>", "cores": 2}})
-    )
-    (run / "job.yaml").write_text(
-        "name: fashion\nstorage: postgresql://me:secret@host/db\n", encoding="utf-8"
-    )
+    (run / "environment.json").write_text(json.dumps({"python": "3.12", "cpu": {"name": "some <cpu>", "cores": 2}}))
+    (run / "job.yaml").write_text("name: fashion\nstorage: postgresql://me:secret@host/db\n", encoding="utf-8")
     return run
 
 
@@ -155,8 +151,7 @@ def test_picks_and_headline_name_fastest_knee_and_most_accurate(run: Path) -> No
     picks = {re.search(r"trial-(\d+)", row)[1]: re.findall(r'"pick">([^<]+)', row) for row in _rows(html)[1:]}  # type: ignore[index]
     assert picks == {"12": ["fastest"], "71": [], "33": ["knee"], "90": [], "48": ["most accurate"]}
     assert (
-        "The knee (trial 33) is 2.95 times faster than the bf16 baseline at 0.99 points less accuracy (test)."
-        in html
+        "The knee (trial 33) is 2.95 times faster than the bf16 baseline at 0.99 points less accuracy (test)." in html
     )
 
 
@@ -262,9 +257,7 @@ def test_one_point_without_a_test_measurement_leaves_the_run_unverified(tmp_path
 
 
 @pytest.mark.parametrize("trials", [[], [_trial(5)]], ids=["no trials", "only a failure"])
-def test_a_run_without_complete_trials_still_gets_a_valid_report(
-    tmp_path: Path, trials: list[dict[str, Any]]
-) -> None:
+def test_a_run_without_complete_trials_still_gets_a_valid_report(tmp_path: Path, trials: list[dict[str, Any]]) -> None:
     html = write_report(_write(tmp_path / "run", None, trials)).read_text(encoding="utf-8")
     text = _text(html)
     assert "There is no front." in text
@@ -305,13 +298,9 @@ def test_reports_are_reproducible(run: Path) -> None:
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-def test_the_export_command_is_relative_below_the_working_folder(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_export_command_is_relative_below_the_working_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent.parent)
-    assert "<code>paretune export results/fashion --trial 12</code>" in write_report(run).read_text(
-        encoding="utf-8"
-    )
+    assert "<code>paretune export results/fashion --trial 12</code>" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
