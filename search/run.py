@@ -78,9 +78,7 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
-def resume(
-    folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None
-) -> Path:
+def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None) -> Path:
     """Go on with a run that was stopped or killed; what was running is begun anew.
 
     Args:
@@ -171,9 +169,7 @@ def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
             study.enqueue(plan, "uniform")
 
 
-def _trials(
-    job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report
-) -> None:
+def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report) -> None:
     """Propose, evaluate, tell, until the budget is spent."""
     begun = study.proposed()
     end = time.monotonic() + job.search.timeout if job.search.timeout else float("inf")
@@ -231,8 +227,7 @@ def _why_nothing(study: SearchStudy) -> str:
     complete = sum(row.record is not None for row in rows)
     if complete:
         bounds = ", ".join(map(str, study.constraints))
-        return f"a trial must keep all constraints ({bounds}), but none of {complete} did; "
-            "loosen them or search longer"
+        return f"a trial must keep all of {bounds}, but none of {complete} did; loosen them or search longer"
     last = f"; the last one: {errors[-1]}" if errors else ""
     return f"a trial must succeed, but {len(errors)} of {len(rows)} failed{last}"
 
