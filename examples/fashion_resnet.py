@@ -60,3 +60,34 @@ class ResNet20(nn.Module):
 def build(width: int = 16) -> nn.Module:
     """The factory that the job names."""
     return ResNet20(width)
+
+
+def _flip(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    def flip(images: Tensor) -> Tensor:
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        return torch.where(mirrored, images.flip(-1), images)
+
+    return map_tensors(flip, inputs)
+
+
+def train(epochs: int = 10) -> None:
+    """Train the dense model on the training split and save it; prints its accuracy on the validation split."""
+    torch.manual_seed(0)
+    splits = replace(load_splits("fashion-mnist"), augment=_flip)
+    task, model = Classification(), build()
+    training = Training(splits, task, TrainOptions(batch_size=128, weight_decay=5e-4))
+    batches, steps = training.batches(seed=0), training.steps(1)
+    for epoch in range(epochs):
+        part = range(epoch * steps, (epoch + 1) * steps)
+        fit(model, training, Finetuning(learning_rate=4e-3), batches, part, epochs * steps)
+        with torch.no_grad():
+            outputs = torch.cat([model(batch.inputs) for batch in splits.validation.batches(500)])
+        print(
+            f"epoch {epoch + 1}: validation accuracy {task.metric(outputs, splits.validation.targets):.4f}", flush=True
+        )
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
+    print(f"saved {WEIGHTS}")
+
+
+if __name__ == "__main__":
+    train()

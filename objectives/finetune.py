@@ -178,7 +178,7 @@ def _loss(outputs: Tensor, batch: Batch, training: Training, config: Finetuning)
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively; elsewhere it is emulated and slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 

@@ -41,7 +41,7 @@ class LocalExecutor(Executor):
         self.free = workers
         self._setup = cloudpickle.dumps((job, run))
         self._log = run / "workers.log"
-        self._threads = max(1, _cores() // workers)
+        self._threads = max(1, cores() // workers)
         self._deadline = deadline
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -156,5 +156,6 @@ class _Worker:
         self.process.wait()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

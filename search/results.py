@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.verify import Verified
 from paretune.search.front import DIRECTIONS, feasible, pareto_front
+from paretune.search.front_json import SCHEMA
 from paretune.search.problem import BASELINE
 from paretune.search.study import SearchStudy, TrialRow
 
-SCHEMA = 1
 _METRICS = (
     "accuracy",
     "latency_ms",
@@ -82,24 +81,8 @@ def _point(run: Path, row: TrialRow, artifact: Path) -> dict[str, Any]:
     }
 
 
-def read_front(run: Path) -> dict[str, Any]:
-    """A run's `front.json`.
-
-    Raises:
-        JobError: There is none, or it has another schema.
-    """
-    path = run / "front.json"
-    if not path.is_file():
-        raise JobError("run", "must be a folder with a front.json", run, "name a run folder below results/")
-    data: dict[str, Any] = json.loads(path.read_text())
-    if data.get("schema") != SCHEMA:
-        raise JobError("front.json", f"must have schema {SCHEMA}", data.get("schema"), "use the version that wrote it")
-    return data
-
-
-def write_trials(run: Path, study: SearchStudy) -> None:
+def write_trials(run: Path, rows: Sequence[TrialRow]) -> None:
     """Write `trials.csv`: one line a trial, its metrics, then its parameters."""
-    rows = study.rows()
     names = sorted({name for row in rows for name in row.trial.params})
     header = [
         "trial", "state", "source", *_METRICS, "feasible", "seconds", "started", "plan_hash", "error", *names

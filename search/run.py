@@ -25,7 +25,7 @@ from paretune.search.report import write_report
 from paretune.search.requests import Evaluate
 from paretune.search.results import candidates, write_front, write_trials
 from paretune.search.samplers import SAMPLERS
-from paretune.search.study import Proposal, SearchStudy, study_url
+from paretune.search.study import Proposal, SearchStudy, stored_rows, study_url
 from paretune.search.verify_front import verify_front
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.space import SearchSpace
@@ -106,6 +106,11 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
+def refresh_trials(folder: Path) -> None:
+    """Write `trials.csv` from the study as it is now, also while the run goes on."""
+    write_trials(folder, stored_rows(load_job(folder), folder))
+
+
 def _measure_baseline(
     problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
 ) -> Analysis:
@@ -133,7 +138,7 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
             _trials(job, folder, study, executor, metric, report)
         finally:
             executor.close()
-            write_trials(folder, study)
+            write_trials(folder, study.rows())
         if not candidates(study):
             raise SearchError(_why_nothing(study))
         verify_front(job, folder, study, metric, report)

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from paretune.errors import JobError
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search.front import DIRECTIONS, feasible, violation
+from paretune.search.job import Job
 from paretune.search.job_types import Constraint
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
@@ -128,6 +129,13 @@ class SearchStudy:
     def rows(self) -> list[TrialRow]:
         """Every trial, in the order of its number."""
         return [TrialRow(trial, self.constraints) for trial in self._study.get_trials(deepcopy=False)]
+
+
+def stored_rows(job: Job, run: Path) -> list[TrialRow]:
+    """Every trial of a run, in the order of its number; only reads, also while the run goes on."""
+    url = job.storage or study_url(run)
+    study = optuna.load_study(study_name=job.name, storage=open_storage(url))
+    return [TrialRow(trial, job.constraints) for trial in study.get_trials(deepcopy=False)]
 
 
 class TrialRow:

@@ -1,0 +1,187 @@
+"""The command line. Data goes to stdout, progress to stderr; everything heavy is imported within the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paretune import __version__
+from paretune.errors import JobError, ParetuneError
+
+app = typer.Typer(
+    help="Search pruning, quantization and distillation together for the best accuracy at each measured latency.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a key, e.g. search.trials=20."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; the exit codes are those of docs/cli.md."""
+    with _exit_codes():
+        app()
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except JobError as error:
+        _fail(error, 2)
+    except ParetuneError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with `paretune resume RUN`", err=True)
+        sys.exit(130)
+
+
+def _fail(error: ParetuneError, code: int) -> None:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(code)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    trials: Annotated[int, typer.Option(help="Number of trials.", min=1)] = 48,
+    results: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("results"),
+) -> None:
+    """Train a small net on digits, search for two or three minutes, and show the front and the report."""
+    from paretune.search.demo import demo_job
+    from paretune.search.run import run
+
+    with _progress() as report:
+        folder = run(demo_job(results, trials=trials, report=report), report=report)
+    show(folder)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go.")] = Path(),
+) -> None:
+    """Write a job file with every key explained, and a model and data to replace by yours."""
+    from paretune.search.init import init_project
+
+    for path in init_project(folder):
+        typer.echo(path)
+
+
+@app.command()
+def check(job: JobPath, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what can be pruned and what can't and why, what there is to choose, and what the search will cost."""
+    from paretune.search.check import check as check_job
+    from paretune.search.job import load_job
+    from paretune.search.show import print_check, print_json
+
+    found = check_job(load_job(job, override or []))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_check(found)
+
+
+@app.command()
+def run(job: JobPath, override: Overrides = None) -> None:
+    """Search a job to its verified front."""
+    from paretune.search.job import load_job
+
+    loaded = load_job(job, override or [])
+    from paretune.search.run import run as run_job
+
+    with _progress() as report:
+        folder = run_job(loaded, report=report)
+    show(folder)
+
+
+@app.command()
+def resume(run: RunPath) -> None:
+    """Go on with a run that was stopped or killed."""
+    from paretune.search.run import resume as resume_run
+
+    with _progress() as report:
+        folder = resume_run(run, report=report)
+    show(folder)
+
+
+@app.command()
+def show(run: RunPath, as_json: AsJson = False) -> None:
+    """Print the front of a run, as it is now."""
+    from paretune.search.front_json import read_front
+    from paretune.search.show import print_front, print_json
+
+    front = read_front(run)
+    if as_json:
+        print_json(front)
+    else:
+        print_front(run, front)
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write the report of a run anew, also while it goes on."""
+    from paretune.search.report import write_report
+    from paretune.search.run import refresh_trials
+
+    refresh_trials(run)
+    typer.echo(write_report(run))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to make; exports/RUN-trial-N by default.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="This trial.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="The most accurate point at most so slow.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="The fastest point at least so accurate.")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The front's knee.")] = False,
+) -> None:
+    """Copy a model of the front, with a program that runs it without paretune, and have that program check it."""
+    from paretune.search.export import export as export_point
+    from paretune.search.export import pick
+
+    point = pick(run, trial=trial, max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, at_knee=knee)
+    destination = output or Path("exports") / f"{run.resolve().name}-trial-{point['trial']}"
+    typer.echo(export_point(run, point, destination), err=True)
+    typer.echo(destination)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Lines on stderr: above a spinner on a terminal, plain elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield lambda line: console.print(line, markup=False)
+        return
+    with console.status("searching"):
+        yield lambda line: console.print(line, markup=False)

@@ -1,0 +1,112 @@
+"""Exporting a model of the front: a folder that runs without paretune."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import JobError, ParetuneError
+from paretune.objectives.artifact import verify_files
+from paretune.search.front import knee
+from paretune.search.front_json import read_front
+
+Point = Mapping[str, Any]
+
+
+def pick(
+    run: Path,
+    *,
+    trial: int | None = None,
+    max_latency_ms: float | None = None,
+    min_accuracy: float | None = None,
+    at_knee: bool = False,
+) -> Point:
+    """Choose a point of a run's front by exactly one rule, on the validation split.
+
+    Args:
+        run: The run folder.
+        trial: That trial; it needn't be on the front.
+        max_latency_ms: The most accurate point that is at most so slow.
+        min_accuracy: The fastest point that is at least so accurate.
+        at_knee: The front's knee.
+
+    Raises:
+        JobError: No rule, several, or no point that fits.
+    """
+    if sum((trial is not None, max_latency_ms is not None, min_accuracy is not None, at_knee)) != 1:
+        raise JobError(
+            "export",
+            "needs exactly one rule",
+            "none or several",
+            "use --trial, --max-latency-ms, --min-accuracy or --knee",
+        )
+    points: Sequence[Point] = read_front(run)["points"]
+    if trial is not None:
+        return _trial(run, points, trial)
+    if not points:
+        raise JobError("export", "needs a front with points", "an empty one", "search longer or loosen the constraints")
+    if at_knee:
+        return points[knee(points)]
+    if max_latency_ms is not None:
+        fitting = [point for point in points if point["validation"]["latency_ms"] <= max_latency_ms]
+        if not fitting:
+            fastest = min(point["validation"]["latency_ms"] for point in points)
+            raise JobError(
+                "--max-latency-ms", f"must be at least {fastest:.4g}, the fastest point", max_latency_ms, "raise it"
+            )
+        return max(fitting, key=lambda point: point["validation"]["accuracy"])
+    fitting = [point for point in points if point["validation"]["accuracy"] >= (min_accuracy or 0.0)]
+    if not fitting:
+        best = max(point["validation"]["accuracy"] for point in points)
+        raise JobError(
+            "--min-accuracy", f"must be at most {best:.4g}, the most accurate point", min_accuracy, "lower it"
+        )
+    return min(fitting, key=lambda point: point["validation"]["latency_ms"])
+
+
+def export(run: Path, point: Point, destination: Path) -> str:
+    """Copy a point's artifact, add a program that runs it, and have that program check it.
+
+    Args:
+        run: The run folder.
+        point: From `pick`.
+        destination: A folder that doesn't exist yet.
+
+    Returns:
+        What the check said.
+
+    Raises:
+        JobError: The destination exists.
+        ParetuneError: The artifact was changed since it was measured, or doesn't answer as recorded; nothing is left.
+    """
+    if destination.exists():
+        raise JobError("--output", "must be a folder that doesn't exist yet", destination, "choose another one")
+    artifact = run / point["artifact"]
+    verify_files(artifact)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(artifact, destination)
+    program = files("paretune.search") / "templates" / "run_artifact.py"
+    (destination / "run.py").write_text(program.read_text())
+    # A program of its own, outside this process and without paretune: as it will run where it is deployed.
+    checked = subprocess.run([sys.executable, "run.py"], cwd=destination, capture_output=True, text=True, check=False)
+    if checked.returncode != 0:
+        shutil.rmtree(destination)
+        said = (checked.stdout + checked.stderr).strip()
+        raise ParetuneError(f"an exported model must answer as its card says, but it said {said!r}; evaluate it anew")
+    verify_files(destination)
+    return checked.stdout.strip()
+
+
+def _trial(run: Path, points: Sequence[Point], trial: int) -> Point:
+    for point in points:
+        if point["trial"] == trial:
+            return point
+    artifact = Path("trials") / str(trial) / "artifact"
+    if not (run / artifact / "card.json").is_file():
+        raise JobError("--trial", "must be a trial with an artifact", trial, f"choose one of {run / 'trials'}")
+    return {"trial": trial, "artifact": str(artifact)}

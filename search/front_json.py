@@ -1,0 +1,26 @@
+"""Reading `front.json`, without the weight of what writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import JobError
+
+SCHEMA = 1
+
+
+def read_front(run: Path) -> dict[str, Any]:
+    """A run's `front.json`.
+
+    Raises:
+        JobError: There is none, or it has another schema.
+    """
+    path = run / "front.json"
+    if not path.is_file():
+        raise JobError("run", "must be a folder with a front.json", run, "name a run folder below results/")
+    data: dict[str, Any] = json.loads(path.read_text())
+    if data.get("schema") != SCHEMA:
+        raise JobError("front.json", f"must have schema {SCHEMA}", data.get("schema"), "use the version that wrote it")
+    return data

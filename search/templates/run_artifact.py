@@ -1,0 +1,69 @@
+"""Runs this exported model: needs openvino, numpy and safetensors, and nothing of paretune.
+
+    python run.py            checks that it answers the recorded probe as it did when it was measured
+    python run.py data.npz   prints the outputs for the arrays of a file, one array for each input
+
+or `from run import Model; outputs = Model()(inputs)` with a dictionary of arrays, batch first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 0.02
+"""Other processors may round otherwise: largest difference that passes, as a share of the largest output."""
+
+
+class Model:
+    """The compiled model: maps a dictionary of input arrays, batch first, to the output array."""
+
+    def __init__(self, folder: Path = HERE) -> None:
+        card = json.loads((folder / "card.json").read_text())
+        self.batch_size = card["target"]["batch_size"]
+        core = openvino.Core()
+        model = core.read_model(str(folder / "model.onnx"))
+        shapes = {port.any_name: [self.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs}
+        model.reshape(shapes)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if card["float_bits"] == 16 else "f32",
+            "INFERENCE_NUM_THREADS": card["target"]["threads"],
+            "NUM_STREAMS": 1,
+        }
+        self._model = core.compile_model(model, "CPU", settings)
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        count = len(next(iter(inputs.values())))
+        outputs = []
+        for start in range(0, count, self.batch_size):
+            part = {name: array[start : start + self.batch_size] for name, array in inputs.items()}
+            length = len(next(iter(part.values())))
+            full = {name: np.resize(array, (self.batch_size, *array.shape[1:])) for name, array in part.items()}
+            outputs.append(np.array(self._model(full)[0])[:length])
+        return np.concatenate(outputs)
+
+
+def check() -> bool:
+    """Compare with the recorded probe, and say what came of it."""
+    inputs = load_file(HERE / "probe.safetensors")
+    expected = inputs.pop("output")
+    difference = float(np.abs(Model()(inputs) - expected).max())
+    if difference == 0:
+        print(f"ok: {len(expected)} recorded outputs, equal bit for bit")
+        return True
+    good = difference <= TOLERANCE * float(np.abs(expected).max())
+    print(f"{'ok' if good else 'WRONG'}: the outputs differ by up to {difference:.3g} from the recorded ones")
+    return good
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(Model()(dict(np.load(sys.argv[1], allow_pickle=False))))
+    elif not check():
+        sys.exit(1)
