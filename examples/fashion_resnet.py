@@ -5,10 +5,18 @@ Train it first (about 6 minutes on 2 cores): `python examples/fashion_resnet.py`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from paretune.objectives.data import Inputs, load_splits, map_tensors
+from paretune.objectives.finetune import Training, TrainOptions, fit
+from paretune.objectives.tasks import Classification
+from paretune.spaces.plan import Finetuning
 
 WEIGHTS = Path(__file__).with_name("fashion_resnet.safetensors")
 

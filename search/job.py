@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -58,6 +60,13 @@ class ModelSection(Section):
         default=None,
         description="State dictionary (.safetensors, .pt, .pth), relative to the job file; null: none.",
     )
+
+
+# Tags in angle brackets: messages leave them out of the key.
+Teacher = Annotated[
+    Annotated[Literal["same"], Tag("<same>")] | Annotated[ModelSection, Tag("<model>")],
+    Discriminator(lambda value: "<same>" if isinstance(value, str) else "<model>"),
+]
 
 
 class DataSection(Section):
@@ -223,7 +232,7 @@ class Job(Section):
         description="Name of the job: letters, digits, '.', '_' and '-'; the run folder is named after it."
     )
     model: ModelSection = Field(description="The trained model to compress: factory, args, weights.")
-    teacher: Literal["same"] | ModelSection | None = Field(
+    teacher: Teacher | None = Field(
         default="same",
         description="What teaches the compressed models: same, the dense model; another model (factory, args, "
         "weights); null: nothing.",
@@ -302,7 +311,8 @@ class Job(Section):
         elsewhere; such a job can be read, but not run again without the object.
         """
         content = self.model_dump(mode="json")
-        homes = [home_folder(value) for value in (self.model.factory, self.data.source, self.task)]
+        teacher = self.teacher.factory if isinstance(self.teacher, ModelSection) else "same"
+        homes = [home_folder(value) for value in (self.model.factory, teacher, self.data.source, self.task)]
         content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))
         return write_yaml(content)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -61,7 +61,8 @@ def short(value: object) -> str:
 
 
 def _mistake(item: dict[str, Any], model: type[BaseModel]) -> JobError:
-    location: Sequence[str | int] = item["loc"]
+    # Tagged unions put their tag into the location, which is no key of the job.
+    location: Sequence[str | int] = [part for part in item["loc"] if not str(part).startswith("<")]
     where = _dotted(location)
     cause = item.get("ctx", {}).get("error")
     if isinstance(cause, RuleError):
@@ -93,11 +94,18 @@ def _dotted(location: Sequence[str | int]) -> str:
 def _section(location: Sequence[str | int], model: type[BaseModel]) -> type[BaseModel]:
     for part in location:
         field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        section = _model_of(field.annotation) if field else None
+        if section is None:
             break
-        model = annotation
+        model = section
     return model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation is or, in a union, may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_of, get_args(annotation))), None)
 
 
 def _meaning(location: Sequence[str | int], model: type[BaseModel]) -> str:

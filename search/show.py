@@ -94,7 +94,8 @@ def _print_costs(console: Console, check: Check) -> None:
     measured, estimate = check.baseline["validation"], check.estimate
     console.print(
         f"baseline: accuracy {measured['accuracy']:.4f}, {measured['latency_ms']:.3f} ms "
-        f"as {check.baseline['format']}, {measured['size_bytes']:,} bytes, {check.analysis.params:,} parameters, {check.analysis.macs:,} MACs"
+        f"as {check.baseline['format']}, {measured['size_bytes']:,} bytes, "
+        f"{check.analysis.params:,} parameters, {check.analysis.macs:,} MACs"
     )
     names = list(check.space.distributions())
     kinds = {kind: sum(name.startswith(kind) for name in names) for kind in ("prune/", "bits/")}

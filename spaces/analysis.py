@@ -129,6 +129,9 @@ def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> st
         # Its parts would all have to lose the same number of channels; depthwise ones do so by themselves.
         if groups > 1 and groups != module.in_channels:
             return f"{name} is a grouped convolution (groups={groups})"
+    if group.uncut:
+        name = group.uncut[0]
+        return f"its channels pass {name}, whose kind ({type(model.get_submodule(name)).__name__}) can't be cut"
     if not group.consumers:
         return "it is the output layer"
     if len(channel_grid(group.channels)) < 2:

@@ -30,6 +30,10 @@ PRUNABLE = (
 )
 
 
+_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
+"""Modules that share their channels out among heads or gates: cut like others, they would compute something else."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Layers whose channels must be removed together.
@@ -39,12 +43,14 @@ class Group:
         channels: Channels of the dense model.
         layers: Layers that lose output channels, `name` first; more than one where they are coupled.
         consumers: Layers that lose input channels because of it.
+        uncut: Attentions and recurrent modules in its way, which can't lose channels.
     """
 
     name: str
     channels: int
     layers: tuple[str, ...]
     consumers: tuple[str, ...]
+    uncut: tuple[str, ...] = ()
 
 
 def execution_order(model: nn.Module, forward: Forward) -> dict[str, int]:
@@ -94,7 +100,9 @@ class DependencyGraph:
             # A depthwise convolution's pruning function counts as both: it passes channels on, and consumes none.
             inputs = self._layers(raw, self._graph.is_in_channel_pruning_fn)
             consumers = tuple(name for name in inputs if name not in outputs)
-            yield Group(outputs[0], len(raw[0].idxs), outputs, consumers)
+            modules = dict.fromkeys(item.dep.target.module for item in raw)
+            uncut = tuple(self._names[module] for module in modules if isinstance(module, _WHOLE))
+            yield Group(outputs[0], len(raw[0].idxs), outputs, consumers, uncut)
 
     def traced(self) -> set[str]:
         """Names of the layers that the graph reaches."""

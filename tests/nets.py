@@ -97,13 +97,13 @@ class SplitConcat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wide = nn.Conv2d(3, 32, 3, padding=1)
-        self.half = nn.Conv2d(16, 16, 3, padding=1)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
         self.last = nn.Conv2d(32, 16, 1)
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.wide(x).relu().chunk(2, 1)
-        x = torch.cat([left, F.relu(self.half(right))], 1)
+        x = torch.cat([left, F.relu(self.middle(right))], 1)
         return self.head(F.relu(self.last(x)).mean((2, 3)))
 
 

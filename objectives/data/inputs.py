@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -46,12 +47,13 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     Raises:
         JobError: The model returns something else than one tensor.
     """
-    if isinstance(inputs, Tensor):
-        outputs = model(inputs)
-    elif isinstance(inputs, dict):
-        outputs = model(**inputs)
-    else:
-        outputs = model(*inputs)
+    with _attention_in_parts():
+        if isinstance(inputs, Tensor):
+            outputs = model(inputs)
+        elif isinstance(inputs, dict):
+            outputs = model(**inputs)
+        else:
+            outputs = model(*inputs)
     if not isinstance(outputs, Tensor):
         raise JobError(
             "model",
@@ -60,3 +62,14 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
             "wrap it in a module that returns the outputs to train",
         )
     return outputs
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """PyTorch's fused encoder layer can't be exported, traced or counted, and reads weights past the quantizers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -16,7 +16,7 @@ from paretune.objectives.data import Splits, load_splits
 from paretune.objectives.data.builtin import BUILTIN
 from paretune.objectives.models import ModelSource
 from paretune.objectives.tasks import TASKS, Classification
-from paretune.search.job import Job, load_job, make_job
+from paretune.search.job import Job, ModelSection, load_job, make_job
 from paretune.search.job_types import DATA_NAMES, TASK_NAMES
 
 MINIMAL = "name: small\nmodel: {factory: 'project:build'}\ndata: digits\n"
@@ -69,6 +69,28 @@ python_path: [., ../lib]
     assert job.model.weights == tmp_path / "w" / "x.pt"
     assert job.data.args == {"path": str(tmp_path / "d.npz"), "root": "/abs", "other": "d.npz"}
     assert job.python_path == [str(tmp_path), str(tmp_path.parent / "lib")]
+
+
+def test_another_model_may_teach(tmp_path: Path) -> None:
+    text = MINIMAL + "teacher: {factory: 'big:build', args: {depth: 2}, weights: big.pt}\n"
+    job = load_job(write(tmp_path, text))
+    assert isinstance(job.teacher, ModelSection)
+    assert (job.teacher.factory, job.teacher.args) == ("big:build", {"depth": 2})
+    assert job.teacher.weights == tmp_path / "big.pt"
+    (tmp_path / "run").mkdir()
+    assert load_job(write(tmp_path / "run", job.to_yaml())).teacher == job.teacher
+
+
+def test_a_teacher_may_be_a_live_object() -> None:
+    job = make_job({"name": "a", "model": {"factory": "p:b"}, "teacher": {"factory": build_linear}, "data": "digits"})
+    written = yaml.safe_load(job.to_yaml())
+    assert written["teacher"]["factory"] == f"{__name__}:build_linear"
+    assert str(Path(__file__).parents[2]) in written["python_path"]
+
+
+@pytest.mark.parametrize("value", ["null", "same"])
+def test_the_teacher_may_be_the_dense_model_or_none(tmp_path: Path, value: str) -> None:
+    assert load_job(write(tmp_path, MINIMAL + f"teacher: {value}")).teacher == yaml.safe_load(value)
 
 
 def test_a_number_fixes_a_range_and_numbers_are_yaml_1_2(tmp_path: Path) -> None:
@@ -146,7 +168,15 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
             r"must have each key once.*'seed' in line \d+",
             id="duplicate",
         ),
-        pytest.param("teacher: other", r"teacher must be 'same', but got 'other'", id="teacher"),
+        pytest.param("teacher: other", r"^teacher must be 'same', but got 'other'", id="teacher"),
+        pytest.param("teacher: 3", r"^teacher must be a mapping of keys, but got 3", id="teacher number"),
+        pytest.param("teacher: {args: {}}", r"^teacher\.factory must be given", id="teacher without factory"),
+        pytest.param("teacher: {factory: ab}", r"^teacher\.factory must be an import string", id="teacher factory"),
+        pytest.param(
+            "teacher: {factory: 'a:b', weight: w.pt}",
+            r"^teacher\.weight must be a known key.*did you mean 'teacher\.weights'\?",
+            id="teacher key",
+        ),
         pytest.param("task: clasification", r"task must be.*did you mean 'classification'\?", id="task name"),
         pytest.param("task: 3", r"task must be an import string", id="task number"),
         pytest.param(
