@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from paretune.errors import JobError
 from paretune.objectives.artifact import MODEL, Card, load_session, replace_folder, save_artifact
 from paretune.objectives.compress import compress_numerics
 from paretune.objectives.device import Device
@@ -62,6 +63,9 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
         analysis: Of the model.
         folder: Where the artifact goes.
         float_bits: Float widths to try; those that the runtime executes where empty.
+
+    Raises:
+        JobError: The model can't be exported, or the runtime can't run it.
     """
     runtime = get_runtime(problem.target.runtime)
     device = Device(problem.target.device)
@@ -71,9 +75,14 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
         work = Path(made) / "baseline"
         work.mkdir()
         module = compress_numerics(problem.model.build(), plan, problem.context([]))
-        runtime.deploy(module, problem.example, work / MODEL)
         floats = float_bits or runtime.capabilities(problem.target.device).float_bits
-        scores = {bits: _score(problem, runtime, work / MODEL, bits) for bits in floats}
+        try:
+            runtime.deploy(module, problem.example, work / MODEL)
+            scores = {bits: _score(problem, runtime, work / MODEL, bits) for bits in floats}
+        except Exception as error:
+            remedy = "make the dense model export to ONNX and run there first"
+            got = f"{type(error).__name__}: {error}"
+            raise JobError("model", f"must be deployable to {problem.target.runtime}", got, remedy) from error
         with device.exclusive():
             latencies = _latencies(problem, runtime, work / MODEL, floats)
         good = [bits for bits in floats if scores[bits] >= max(scores.values()) - _TOLERANCE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import getpass
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Device:
     """
 
     def __init__(self, name: str) -> None:
-        folder = Path(tempfile.gettempdir()) / f"paretune-{getpass.getuser()}"
+        folder = Path(tempfile.gettempdir()) / f"paretune-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         safe = name.replace("/", "-").replace(":", "-")
         # The gate keeps new readers out while a writer waits; without it, two workers that hold the device in

@@ -84,7 +84,7 @@ class Evaluator:
     Args:
         problem: Model, data, task, target.
         baseline: The dense model's artifact, already measured.
-        layers: Names of all layers with weights.
+        layers: Names of the layers whose executed width the runtime reports.
     """
 
     def __init__(self, problem: Problem, baseline: Baseline, layers: list[str]) -> None:

@@ -24,7 +24,7 @@ JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a key, e.g. search.trials=20."),
+    typer.Option("--set", "-o", metavar="KEY=VALUE", help="Override a key, e.g. search.trials=20."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -43,9 +43,6 @@ def _exit_codes() -> Iterator[None]:
         _fail(error, 2)
     except ParetuneError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; go on with `paretune resume RUN`", err=True)
-        sys.exit(130)
 
 
 def _fail(error: ParetuneError, code: int) -> None:

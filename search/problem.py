@@ -16,7 +16,7 @@ from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
 from paretune.objectives.tasks import load_task
 from paretune.search.job import Job, ModelSection
-from paretune.spaces.analysis import Analysis
+from paretune.spaces.analysis import EXCLUDED, Analysis
 from paretune.spaces.graph import execution_order
 from paretune.spaces.space import Options, SearchSpace, make_space
 
@@ -54,8 +54,10 @@ def _source(section: ModelSection) -> ModelSource:
 def load_evaluator(job: Job, run: Path) -> Evaluator:
     """The evaluator of a worker; the run holds the baseline already."""
     problem = load_problem(job)
-    layers = list(execution_order(problem.model.build(), problem.forward))
-    return Evaluator(problem, Baseline(run / BASELINE), layers)
+    baseline = Baseline(run / BASELINE)
+    reported = baseline.session().layers()
+    layers = [name for name in execution_order(problem.model.build(), problem.forward) if name in reported]
+    return Evaluator(problem, baseline, layers)
 
 
 def float_widths(job: Job) -> tuple[int, ...]:
@@ -88,17 +90,21 @@ def float_widths(job: Job) -> tuple[int, ...]:
 
 
 def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, tuple[int, ...]]:
-    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing."""
+    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing.
+
+    A layer that the runtime doesn't report can't be seen to run in the width asked for: it stays in floats.
+    """
     if not job.space.quantize:
         return {}
     capabilities = _capabilities(job)
     allowed: Any = {8, float_bits} if job.space.bits == "auto" else set(job.space.bits)
-    excluded = {entry.layer for entry in analysis.frozen if "space.exclude" in entry.reason}
+    fixed = {entry.layer for entry in analysis.frozen if entry.reason == EXCLUDED}
+    fixed |= {layer.name for layer in analysis.layers} - analysis.latency_share.keys()
     widths = {}
     for layer in analysis.layers:
         integers = capabilities.integer_bits.get(layer.kind, ())
         offered = tuple(width for width in (float_bits, *integers) if width in allowed)
-        widths[layer.name] = (float_bits,) if layer.name in excluded or not offered else offered
+        widths[layer.name] = (float_bits,) if layer.name in fixed or not offered else offered
     return widths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, SearchError
@@ -71,10 +73,12 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
         f"{job.name}: {len(analysis.groups)} groups to prune, {len(analysis.frozen)} layers frozen, "
         f"{analysis.params:,} parameters, {analysis.macs:,} MACs"
     )
-    folder.mkdir(parents=True)
-    (folder / "job.yaml").write_text(job.to_yaml())
-    _write_json(folder / "environment.json", environment())
-    analysis = _measure_baseline(problem, analysis, folder, floats, report)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}-") as made:
+        prepared = Path(made) / job.name
+        analysis = _prepare(job, problem, analysis, prepared, floats, report)
+        # In one step, so that a job that can't be deployed leaves no run behind, and a run is never half made.
+        prepared.rename(folder)
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
@@ -97,12 +101,9 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     elif not isinstance(job, Job):
         job = make_job(job)
     report = report or _to_stderr
-    floats = float_widths(job)
     problem = load_problem(job)
-    path = folder / "analysis.json"
-    analysis = problem.analyse()
-    if not path.is_file() or not (folder / BASELINE).is_dir():
-        analysis = _measure_baseline(problem, analysis, folder, floats, report)
+    stored = json.loads((folder / "analysis.json").read_text())
+    analysis = replace(problem.analyse(), latency_share=stored["latency_share"])
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
@@ -111,9 +112,13 @@ def refresh_trials(folder: Path) -> None:
     write_trials(folder, stored_rows(load_job(folder), folder))
 
 
-def _measure_baseline(
-    problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
+def _prepare(
+    job: Job, problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
 ) -> Analysis:
+    """Make a run folder: the job, the environment, the measured baseline; returns the analysis with latency shares."""
+    folder.mkdir()
+    (folder / "job.yaml").write_text(job.to_yaml())
+    _write_json(folder / "environment.json", environment())
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
     analysis = replace(analysis, latency_share=profile_layers(problem, baseline))
     _write_json(folder / "analysis.json", analysis.to_dict())
@@ -138,6 +143,8 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
             _trials(job, folder, study, executor, metric, report)
         finally:
             executor.close()
+            for unfinished in folder.glob("trials/*/.unfinished-*"):  # of workers that were killed
+                shutil.rmtree(unfinished)
             write_trials(folder, study.rows())
         if not candidates(study):
             raise SearchError(_why_nothing(study))

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from paretune.spaces.graph import PRUNABLE, DependencyGraph, Forward, Group, execution_order, prune
 from paretune.spaces.grid import channel_grid
 
+EXCLUDED = "the job excludes it (space.exclude)"
+
 _TORCH = Path(torch.__file__).parent
 
 
@@ -57,7 +59,8 @@ class Analysis:
         layers: Every convolution and linear layer that a forward pass calls, in the order of execution.
         params: Parameters of the whole model.
         macs: Multiply-accumulates of a forward pass, for one sample.
-        latency_share: Layer name to its share of the dense model's latency, once it was profiled.
+        latency_share: Layer name to its share of the dense model's latency, once it was profiled; layers that the
+            runtime doesn't report are missing.
     """
 
     groups: tuple[Group, ...]
@@ -89,6 +92,7 @@ class Analysis:
             "layers": layers,
             "params": self.params,
             "macs": self.macs,
+            "latency_share": self.latency_share,
         }
 
 
@@ -122,7 +126,7 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
 def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> str | None:
     for name in group.layers:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
-            return "the job excludes it (space.exclude)"
+            return EXCLUDED
     for name in (*group.layers, *group.consumers):
         module = model.get_submodule(name)
         groups = getattr(module, "groups", 1)

@@ -60,7 +60,31 @@ class OpenVINO(Runtime):
             "ENABLE_CPU_PINNING": options.purpose == "measure",
             "PERF_COUNT": options.purpose == "profile",
         }
-        return _Session(self._core.compile_model(model, "CPU", config), _output_producers(path))
+        graph = onnx.load(str(path), load_external_data=False).graph
+        compiled = self._core.compile_model(model, "CPU", config)
+        if _hides(compiled, _quantized(graph)):
+            compiled = self._core.compile_model(model, "CPU", config | {"SNIPPETS_MODE": "DISABLE"})
+        return _Session(compiled, _aliases(graph))
+
+
+def _quantized(graph: onnx.GraphProto) -> set[str]:
+    """Names of the layers with quantized weights."""
+    dequantized = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    return {node.name for node in graph.node if len(node.input) > 1 and node.input[1] in dequantized}
+
+
+def _hides(compiled: Any, layers: set[str]) -> bool:
+    """Whether linear layers were compiled into one kernel, which reports no width but that of its output.
+
+    At small batches OpenVINO does so with neighbouring ones. Its switch for that goes for other fusions too (they
+    matter for attention, not for convolutions), so it is left alone wherever every layer can be told apart.
+    """
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+        names = info.get("originalLayersNames", "").split(",")
+        if info.get("layerType") == "Subgraph" and layers.intersection(name.split("/")[0] for name in names):
+            return True
+    return False
 
 
 def _device(device: str) -> None:
@@ -68,11 +92,23 @@ def _device(device: str) -> None:
         raise JobError("target.device", "must be 'cpu' for the runtime 'openvino'", repr(device), "use cpu")
 
 
-def _output_producers(path: Path) -> dict[str, str]:
-    """Output name to the node that makes it: OpenVINO calls the last operation after the output, not the node."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    producers = {output: node.name for node in graph.node for output in node.output}
-    return {output.name: producers[output.name] for output in graph.output if output.name in producers}
+def _aliases(graph: onnx.GraphProto) -> dict[str, str]:
+    """Names that OpenVINO may give to a layer beside the layer's own.
+
+    It calls the last operation after the output, and a product with a bias after the addition that follows it.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    aliases = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            for product in (producers[name] for name in node.input if name in producers):
+                if product.op_type == "MatMul":
+                    aliases[node.name] = product.name
+    for output in graph.output:
+        if output.name in producers:
+            name = producers[output.name].name
+            aliases[output.name] = aliases.get(name, name)
+    return aliases
 
 
 class _Session(Session):
@@ -99,17 +135,21 @@ class _Session(Session):
         }
         times = self._times()
         total = sum(times.values()) or 1.0
-        reports = {}
+        reports: dict[str, LayerReport] = {}
+        others: dict[str, LayerReport] = {}
         for friendly, info in infos.items():
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
                 for name in info.get("originalLayersNames", "").split(","):
                     # An operation whose bias is all zero keeps no other name than this.
                     name = name.removesuffix("/WithoutBiases")
-                    reports[self._aliases.get(name, name)] = LayerReport(
-                        _BITS[precision], times.get(friendly, 0.0) / total
-                    )
-        return reports
+                    report = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
+                    if name in self._aliases:
+                        others[self._aliases[name]] = report
+                    else:
+                        reports[name] = report
+        # A layer's own name counts first: the addition of its bias may run apart, in another width.
+        return others | reports
 
     def _times(self) -> dict[str, float]:
         """Seconds per operation of the latest call; empty unless the session was loaded to be profiled."""
