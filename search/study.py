@@ -72,6 +72,8 @@ class SearchStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names(list(objectives))
+        if self._study.get_trials(deepcopy=False):
+            sampler.reseed_rng()  # else a resumed search would propose again what it proposed with its seed before
         self._running: dict[int, optuna.Trial] = {}
 
     def enqueue(self, plan: CompressionPlan, source: str) -> None:

@@ -286,7 +286,7 @@ class FixedBatch(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.first(x)).view(2, 16))
+        return self.head(F.relu(self.first(x)).view(2, 4, 4).transpose(1, 2).reshape(2, 16))
 
 
 class Fold(nn.Module):

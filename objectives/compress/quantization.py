@@ -42,6 +42,9 @@ class QuantizedLayer(nn.Module):
         self.layer = layer
         self.bits = bits
         self.calibrating = True
+        # A 1x1 convolution with a stride reads only some positions. Taking those first gives the same result, and
+        # OpenVINO runs it in int8 even where a float layer reads the same input, which it doesn't otherwise.
+        self._subsamples = _is_strided_pointwise(layer)
         channels = len(cast(Tensor, layer.weight))
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
@@ -58,6 +61,8 @@ class QuantizedLayer(nn.Module):
         if self.training:
             self._scale_weight()
         layer = cast(Any, self.layer)
+        if self._subsamples:
+            x = x[(..., *(slice(None, None, step) for step in layer.stride))]
         if x.dtype != torch.float32:  # under autocast; the rounding needs more digits than bf16 has
             x = x.float()
         # The container is uint8 and int8 whatever the width, as the exporter and the runtimes want it.
@@ -67,6 +72,8 @@ class QuantizedLayer(nn.Module):
         )
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, layer.bias)
+        if self._subsamples:
+            return _CONVS[x.dim()](x, weight, layer.bias)
         return cast(Tensor, layer._conv_forward(x, weight, layer.bias))
 
     @torch.no_grad()
@@ -82,6 +89,16 @@ class QuantizedLayer(nn.Module):
         weight = cast(Tensor, self.layer.weight)
         largest = weight.abs().amax(dim=tuple(range(1, weight.dim())))
         self.weight_scale.copy_((largest / (2 ** (self.bits - 1) - 1)).clamp_min(1e-8))
+
+
+_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _is_strided_pointwise(layer: Any) -> bool:
+    if isinstance(layer, nn.Linear):
+        return False
+    plain = layer.groups == 1 and layer.padding == (0,) * len(layer.stride)
+    return plain and max(layer.stride) > 1 and max(layer.kernel_size) == 1
 
 
 def insert_quantizers(model: nn.Module, bits: dict[str, int]) -> None:

@@ -25,6 +25,7 @@ from paretune.objectives.runtimes.base import (
 from paretune.objectives.runtimes.onnx_export import export_onnx
 
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8}
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 
 
@@ -62,15 +63,16 @@ class OpenVINO(Runtime):
         }
         graph = onnx.load(str(path), load_external_data=False).graph
         compiled = self._core.compile_model(model, "CPU", config)
-        if _hides(compiled, _quantized(graph)):
+        if _hides(compiled, _apart(graph, options.float_bits)):
             compiled = self._core.compile_model(model, "CPU", config | {"SNIPPETS_MODE": "DISABLE"})
         return _Session(compiled, _aliases(graph))
 
 
-def _quantized(graph: onnx.GraphProto) -> set[str]:
-    """Names of the layers with quantized weights."""
+def _apart(graph: onnx.GraphProto, float_bits: int) -> set[str]:
+    """Names of the layers whose width must be told apart from float32: quantized ones, and all of a bf16 model."""
     dequantized = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    return {node.name for node in graph.node if len(node.input) > 1 and node.input[1] in dequantized}
+    products = [node for node in graph.node if node.op_type in _PRODUCTS and not node.name.startswith("/")]
+    return {node.name for node in products if float_bits == 16 or node.input[1] in dequantized}
 
 
 def _hides(compiled: Any, layers: set[str]) -> bool:
@@ -141,14 +143,17 @@ class _Session(Session):
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
                 for name in info.get("originalLayersNames", "").split(","):
-                    # An operation whose bias is all zero keeps no other name than this.
-                    name = name.removesuffix("/WithoutBiases")
                     report = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
+                    # An operation whose bias is all zero may keep no other name than this.
+                    name = name.removesuffix("/WithoutBiases")
+                    layer, _, step = name.partition("/")
                     if name in self._aliases:
                         others[self._aliases[name]] = report
+                    elif layer and step:
+                        others[layer] = report
                     else:
                         reports[name] = report
-        # A layer's own name counts first: the addition of its bias may run apart, in another width.
+        # A layer's own name counts first: what follows its product (bias, scale) may run apart, in another width.
         return others | reports
 
     def _times(self) -> dict[str, float]:

@@ -1,0 +1,194 @@
+"""The study: what is stored of each trial, and what a run that goes on finds of the one that was killed."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from paretune.errors import JobError
+from paretune.objectives.measurement import Measurement, Record
+from paretune.search.job_types import Constraint
+from paretune.search.samplers import SAMPLERS
+from paretune.search.study import SearchStudy, open_storage, study_url
+from paretune.spaces.space import Options, SearchSpace
+
+SPACE = SearchSpace(
+    grids={"stem": [8, 16, 32], "body": [16, 32]},
+    widths={"stem": (32, 8), "body": (32, 8)},
+    options=Options(temperature=(4.0, 4.0)),
+)
+NAMES = {"prune/stem", "prune/body", "bits/stem", "bits/body", "distill/weight", "finetune/learning_rate"}
+
+
+def open_study(run: Path, *, constraints: tuple[str, ...] = (), sampler: str = "random") -> SearchStudy:
+    return SearchStudy(
+        "small",
+        study_url(run),
+        SPACE,
+        SAMPLERS[sampler](SPACE, 0),
+        objectives=["accuracy", "latency_ms"],
+        constraints=[Constraint.model_validate(text) for text in constraints],
+    )
+
+
+def record(accuracy: float = 0.9, latency: float = 2.0) -> Record:
+    measured = Measurement(accuracy, latency, latency - 0.1, latency + 0.1, 4 / latency, 1000, 200, 3000)
+    return Record(measured, latency, 1000, {"stem": 8, "body": 32}, {"train": 1.5}, noisy=True)
+
+
+def load(run: Path) -> optuna.Study:
+    """The study as any user of Optuna opens it."""
+    return optuna.load_study(study_name="small", storage=f"sqlite:///{run / 'study.db'}")
+
+
+def test_what_optuna_sees_of_a_complete_trial(tmp_path: Path) -> None:
+    study = open_study(tmp_path, constraints=("accuracy >= 0.8", "latency_ms <= 1.5"))
+    proposal = study.propose()
+    study.complete(proposal.number, record())
+    seen = load(tmp_path)
+    assert seen.metric_names == ["accuracy", "latency_ms"]
+    assert [direction.name for direction in seen.directions] == ["MAXIMIZE", "MINIMIZE"]
+    (trial,) = seen.trials
+    assert (trial.number, trial.state) == (0, TrialState.COMPLETE)
+    assert trial.params.keys() == NAMES
+    assert SPACE.to_plan(trial.params) == proposal.plan
+    assert trial.values == [0.9, 2.0]
+    assert trial.user_attrs["source"] == "sampler"
+    assert trial.user_attrs["plan"] == proposal.plan.to_dict()
+    assert Record.from_dict(trial.user_attrs["record"]) == record()
+    assert trial.constraints == pytest.approx({"accuracy >= 0.8": -0.1, "latency_ms <= 1.5": 0.5})
+
+
+def test_rows_of_complete_trials(tmp_path: Path) -> None:
+    study = open_study(tmp_path, constraints=("accuracy >= 0.8",))
+    for accuracy in (0.9, 0.7):
+        study.complete(study.propose().number, record(accuracy))
+    good, bad = study.rows()
+    assert (good.number, good.feasible, good.error) == (0, True, "")
+    assert (bad.number, bad.feasible, bad.error) == (1, False, "")
+    assert good.measurement == record().measurement
+    assert good.record is not None
+    assert good.record.noisy
+    assert good.seconds is not None
+    assert good.seconds >= 0
+    assert good.plan == SPACE.to_plan(good.trial.params)
+
+
+def test_a_failed_trial_keeps_its_reason(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    study.fail(study.propose().number, "the loss isn't finite")
+    (row,) = open_study(tmp_path).rows()
+    assert (row.trial.state, row.error) == (TrialState.FAIL, "the loss isn't finite")
+    assert (row.record, row.feasible) == (None, False)
+    assert row.plan == SPACE.to_plan(row.trial.params)
+    assert load(tmp_path).trials[0].user_attrs["error"] == "the loss isn't finite"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "uniform"])
+def test_enqueued_plans_come_first_with_their_source(tmp_path: Path, sampler: str) -> None:
+    study = open_study(tmp_path, sampler=sampler)
+    plans = [SPACE.sweep(0), SPACE.sweep(3)]
+    for plan, source in zip(plans, ["dense", "uniform"], strict=True):
+        study.enqueue(plan, source)
+    assert (study.waiting(), study.proposed()) == (2, 0)
+    assert [row.plan for row in study.rows()] == [None, None]
+    proposals = [study.propose() for _ in range(3)]
+    assert [proposal.number for proposal in proposals] == [0, 1, 2]
+    assert [proposal.source for proposal in proposals] == ["dense", "uniform", "sampler"]
+    assert [proposal.plan for proposal in proposals[:2]] == plans
+    assert [row.source for row in study.rows()] == ["dense", "uniform", "sampler"]
+    assert study.waiting() == 0
+
+
+def test_a_plan_outside_the_space_is_not_enqueued(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    other = SearchSpace({"other": [8, 16]}, {}, Options()).uniform(0.5)
+    with pytest.raises(JobError, match=r"prune\.ratios must name prunable groups, but got other"):
+        study.enqueue(other, "enqueued")
+    assert study.rows() == []
+
+
+def test_a_killed_run_is_recovered_once(tmp_path: Path) -> None:
+    killed = open_study(tmp_path)
+    killed.enqueue(SPACE.sweep(0), "dense")
+    proposals = [killed.propose() for _ in range(4)]
+    killed.complete(0, record())
+    killed.fail(1, "no such layer")
+
+    study = open_study(tmp_path)
+    assert study.proposed() == 4
+    assert study.recover() == 2
+    assert study.proposed() == 2, "lost trials don't count: the complete one and the failed one remain"
+    assert study.waiting() == 2
+    assert study.recover() == 0
+    assert study.waiting() == 2
+
+    again = [study.propose() for _ in range(2)]
+    assert [proposal.number for proposal in again] == [4, 5]
+    assert [proposal.plan for proposal in again] == [proposal.plan for proposal in proposals[2:]]
+    assert {proposal.source for proposal in again} == {"retry"}
+    for proposal in again:
+        study.complete(proposal.number, record())
+    states = [row.trial.state.name for row in study.rows()]
+    assert states == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [row.error for row in study.rows()[1:4]] == ["no such layer", *["lost when the run was killed"] * 2]
+    assert study.proposed() == 4
+
+
+def test_plans_that_wait_survive_a_kill(tmp_path: Path) -> None:
+    killed = open_study(tmp_path)
+    for index in range(3):
+        killed.enqueue(SPACE.sweep(index), "uniform")
+    killed.propose()
+    study = open_study(tmp_path)
+    assert (study.recover(), study.waiting()) == (1, 3)
+    plans = {study.propose().plan.hash for _ in range(3)}
+    assert plans == {SPACE.sweep(index).hash for index in range(3)}
+
+
+def test_a_trial_without_all_its_parameters_is_given_up(tmp_path: Path) -> None:
+    open_study(tmp_path)
+    load(tmp_path).ask({"bits/stem": SPACE.distributions()["bits/stem"]})
+    study = open_study(tmp_path)
+    assert (study.recover(), study.waiting(), study.proposed()) == (1, 0, 0)
+    assert [row.trial.state for row in study.rows()] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_resumed_study_does_not_propose_the_same_again(tmp_path: Path, sampler: str) -> None:
+    first = open_study(tmp_path, sampler=sampler)
+    before = [first.propose() for _ in range(3)]
+    for proposal in before:
+        first.complete(proposal.number, record())
+    study = open_study(tmp_path, sampler=sampler)
+    after = [study.propose() for _ in range(3)]
+    assert {proposal.plan.hash for proposal in before}.isdisjoint(proposal.plan.hash for proposal in after)
+
+
+def test_sqlite_is_in_write_ahead_mode(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    study.propose()
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    storage = open_storage(study_url(tmp_path))
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("nonsense", id="no URL"),
+        pytest.param("oracle9://host/x", id="unknown database"),
+        pytest.param("sqlite:////no/such/folder/study.db", id="no folder"),
+        pytest.param("postgresql+nodriver://host/x", id="unknown driver"),
+    ],
+)
+def test_a_bad_url_is_a_mistake_of_the_job(url: str) -> None:
+    with pytest.raises(JobError, match=r"^storage must be a database URL that opens") as caught:
+        open_storage(url)
+    assert repr(url) in str(caught.value)
