@@ -59,7 +59,7 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
     baseline = Baseline(run / BASELINE)
     data = {
         "schema": SCHEMA,
-        "run": run.name,
+        "run": run.resolve().name,  # `.` has no name
         "verified": verified is not None,
         "target": baseline.card.to_dict()["target"],
         "metric": metric,

@@ -6,14 +6,14 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paretune.errors import JobError
 
 Importance = Literal["l1", "l2", "bn-scale", "taylor", "random"]
 
 # Six digits tell any two channel counts below half a million apart, and make equal plans equal as JSON.
-Ratio = Annotated[float, BeforeValidator(lambda value: round(float(value), 6)), Field(ge=0, lt=1)]
+Ratio = Annotated[float, AfterValidator(lambda value: round(value, 6)), Field(ge=0, lt=1)]
 
 
 class _Config(BaseModel):

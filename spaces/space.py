@@ -119,6 +119,9 @@ class SearchSpace:
         for name, distribution in distributions.items():
             if not distribution._contains(distribution.to_internal_repr(values[name])):
                 raise _outside(f"plan: {name}", f"must be in {distribution}", values[name], {})
+        for name, constant in self._constants().items():
+            if values[name] != constant:
+                raise _outside(f"plan: {name}", f"must be {constant}, the only choice", values[name], {})
         return {name: values[name] for name in distributions}
 
     def uniform(self, ratio: float, bits: int | None = None) -> CompressionPlan:
@@ -136,13 +139,13 @@ class SearchSpace:
         """The plan at a position of the endless sweep over uniform plans: the baseline that a search must beat.
 
         Position 0 is the dense model. Ratios come in the order 0, 1, 1/2, 1/4, 3/4, … of the largest
-        one (van der Corput), each with every width, the narrowest first.
+        one (van der Corput), each with every width, the widest first, then from the narrowest up.
         """
         widths = sorted({width for options in self.widths.values() for width in options})
         if index == 0:
             return self.uniform(0.0)
         if not any(len(grid) > 1 for grid in self.grids.values()):
-            return self.uniform(0.0, widths[(index - 1) % len(widths)])
+            return self.uniform(0.0, widths[(index - 1) % len(widths)] if widths else None)
         largest = max(_largest(grid) for grid in self.grids.values())
         level, position = divmod(index, max(1, len(widths)))
         bits = widths[position - 1] if widths else None
@@ -162,8 +165,17 @@ class SearchSpace:
             "finetune/learning_rate": self.options.learning_rate,
         }
 
+    def _constants(self) -> dict[str, Any]:
+        """What would be parameters if there were a choice; widths that a plan leaves out are the widest."""
+        found: dict[str, Any] = {f"bits/{layer}": options[0] for layer, options in self.widths.items()}
+        found["importance"] = self.options.importance[0]
+        found |= {name: self._middle(name) for name in self._ranges()}
+        return {name: value for name, value in found.items() if name not in self.distributions()}
+
     def _middle(self, name: str) -> float:
         low, high = self._ranges()[name]
+        if low == high:
+            return low
         return math.sqrt(low * high) if name != "distill/weight" else (low + high) / 2
 
 

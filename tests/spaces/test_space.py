@@ -1,0 +1,192 @@
+"""Plans as Optuna parameters and back; the sweep that a search must beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from paretune.errors import JobError
+from paretune.spaces.analysis import Analysis, Layer
+from paretune.spaces.graph import Group
+from paretune.spaces.grid import kept_of
+from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
+from paretune.spaces.space import Options, SearchSpace, make_space
+
+OPTIONS = Options(importance=("l1", "taylor"))
+SPACE = SearchSpace(
+    {"stem": [8, 16], "block.conv": [16, 24, 32, 40, 48, 56, 64], "narrow": [8]},
+    {"stem": (32, 8), "block.conv": (32, 8), "head": (32,)},
+    OPTIONS,
+)
+FIXED = Options(temperature=(3.0, 3.0), distillation_weight=(0.0, 0.0), learning_rate=(3e-3, 3e-3))
+
+
+def draw(rng: random.Random, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return rng.choice(distribution.choices)
+    assert isinstance(distribution, FloatDistribution)
+    return rng.uniform(distribution.low, distribution.high)
+
+
+def test_distributions() -> None:
+    assert SPACE.distributions() == {
+        "prune/stem": FloatDistribution(0.0, 0.5),
+        "prune/block.conv": FloatDistribution(0.0, 0.75),
+        "bits/stem": CategoricalDistribution([32, 8]),
+        "bits/block.conv": CategoricalDistribution([32, 8]),
+        "importance": CategoricalDistribution(["l1", "taylor"]),
+        "distill/temperature": FloatDistribution(1.0, 8.0),
+        "distill/weight": FloatDistribution(0.0, 1.0),
+        "finetune/learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_points_become_plans_and_come_back(seed: int) -> None:
+    rng = random.Random(seed)
+    distributions = SPACE.distributions()
+    for _ in range(100):
+        params = {name: draw(rng, distribution) for name, distribution in distributions.items()}
+        plan = SPACE.to_plan(params)
+        for group, grid in SPACE.grids.items():
+            assert kept_of(plan.prune.ratios.get(group, 0.0), grid[-1]) in grid
+        back = SPACE.to_params(plan)
+        assert back.keys() == distributions.keys()
+        assert SPACE.to_plan(back) == plan
+        for name, value in params.items():
+            if name.startswith("prune/"):
+                assert abs(back[name] - value) <= 0.25, "no further than half the widest step"
+            else:
+                assert back[name] == value
+
+
+def test_missing_parameters_take_the_middle() -> None:
+    plan = SPACE.to_plan({})
+    assert plan.prune == Pruning()
+    assert plan.quantize.bits == {"stem": 32, "block.conv": 32, "head": 32}
+    assert plan.finetune.learning_rate == pytest.approx(1e-3)
+    assert plan.finetune.temperature == pytest.approx(8**0.5)
+    assert plan.finetune.distillation_weight == 0.5
+
+
+def test_choices_with_one_option_are_constants() -> None:
+    space = SearchSpace({"narrow": [8]}, {"head": (16,)}, FIXED)
+    assert space.distributions() == {}
+    plan = space.to_plan({})
+    assert plan == CompressionPlan(
+        quantize=Quantization(bits={"head": 16}),
+        finetune=Finetuning(learning_rate=3e-3, temperature=3.0, distillation_weight=0.0),
+    )
+    assert space.to_params(plan) == {}
+
+
+DENSE = SPACE.uniform(0.0)
+
+
+@pytest.mark.parametrize(
+    ("space", "plan", "where"),
+    [
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"stem": 0.25})}), "prune.ratios.stem", id="off grid"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"narrow": 0.5})}), "prune.ratios.narrow", id="no grid"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"x": 0.5})}), "prune.ratios", id="unknown group"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"prune": Pruning(importance="random")}), "importance", id="importance"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"quantize": Quantization(bits={"x": 8})}), "quantize.bits", id="unknown layer"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"quantize": Quantization(bits={"stem": 16})}), "bits/stem", id="width"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"quantize": Quantization(bits={"head": 8})}), "bits/head", id="only width"
+        ),
+        pytest.param(
+            SPACE, DENSE.model_copy(update={"finetune": Finetuning(temperature=9)}), "distill/temperature", id="range"
+        ),
+        pytest.param(
+            replace(SPACE, options=replace(OPTIONS, temperature=(2.0, 2.0))),
+            DENSE.model_copy(update={"finetune": Finetuning(temperature=4)}),
+            "distill/temperature",
+            id="fixed range",
+        ),
+        pytest.param(
+            replace(SPACE, options=Options()),
+            DENSE.model_copy(update={"prune": Pruning(importance="l2")}),
+            "importance",
+            id="only importance",
+        ),
+    ],
+)
+def test_plans_outside_the_space_are_rejected(space: SearchSpace, plan: CompressionPlan, where: str) -> None:
+    with pytest.raises(JobError) as caught:
+        space.to_params(plan)
+    assert where in caught.value.where
+
+
+def test_uniform_snaps_each_group_to_its_grid() -> None:
+    plan = SPACE.uniform(0.6, 8)
+    assert plan.prune.ratios == {"stem": 0.5, "block.conv": 0.625}
+    assert plan.quantize.bits == {"stem": 8, "block.conv": 8, "head": 32}
+    assert SPACE.uniform(0.99).prune.ratios == {"stem": 0.5, "block.conv": 0.75}
+    assert SPACE.uniform(0.0, 4).quantize.bits == DENSE.quantize.bits
+
+
+def test_sweep_goes_through_ratios_and_widths() -> None:
+    seen = [
+        (plan.prune.ratios.get("block.conv", 0.0), plan.quantize.bits["stem"])
+        for plan in (SPACE.sweep(index) for index in range(10))
+    ]
+    ratios = (0.0, 0.75, 0.375, 0.125, 0.5)
+    # 0.1875 and 0.5625 lie between two counts: the larger one is taken.
+    assert seen == [(ratio, bits) for ratio in ratios for bits in (32, 8)]
+    assert SPACE.sweep(0) == DENSE
+
+
+def test_sweep_is_endless_and_always_in_the_space() -> None:
+    plans = [SPACE.sweep(index) for index in range(60)]
+    assert plans == [SPACE.sweep(index) for index in range(60)]
+    assert len({plan.hash for plan in plans}) == 2 * 7, "every count of the wider group with each width"
+    for plan in plans:
+        assert SPACE.to_plan(SPACE.to_params(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        pytest.param(SearchSpace({}, {"a": (32, 16, 8)}), [(0.0, 32), (0.0, 8), (0.0, 16), (0.0, 32)], id="only bits"),
+        pytest.param(SearchSpace({"a": [8]}, {"a": (32, 8)}), [(0.0, 32), (0.0, 8), (0.0, 32), (0.0, 8)], id="narrow"),
+        pytest.param(
+            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.25, None), (0.0, None)], id="only ratios"
+        ),
+        pytest.param(SearchSpace({}, {}), [(0.0, None)] * 4, id="empty"),
+    ],
+)
+def test_sweep_of_smaller_spaces(space: SearchSpace, expected: list[tuple[float, int | None]]) -> None:
+    plans = [space.sweep(index) for index in range(4)]
+    assert [(plan.prune.ratios.get("a", 0.0), plan.quantize.bits.get("a")) for plan in plans] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "grids"),
+    [
+        pytest.param(Options(), {"a": [16, 24, 32, 40, 48, 56, 64], "b": [8, 16]}, id="three quarters"),
+        pytest.param(Options(max_ratio=0.4), {"a": [40, 48, 56, 64], "b": [16]}, id="less"),
+        pytest.param(Options(prune=False), {}, id="no pruning"),
+    ],
+)
+def test_make_space(options: Options, grids: dict[str, list[int]]) -> None:
+    groups = (Group("a", 64, ("a",), ("b",)), Group("b", 16, ("b",), ("c",)))
+    analysis = Analysis(groups, (), (Layer("a", "Conv2d", 1, 1, "a"),), 1, 1)
+    space = make_space(analysis, {"a": (32, 8)}, options)
+    assert space == SearchSpace(grids, {"a": (32, 8)}, options)
