@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from paretune.objectives.baseline import make_baseline, profile_layers
+from paretune.objectives.baseline import make_baseline, profile
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search.job import load_job
@@ -45,8 +45,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         run = Path(folder)
         baseline = make_baseline(problem, analysis, run / BASELINE)
-        shares = profile_layers(problem, baseline)
-        analysis.latency_share.update(shares)
+        analysis = profile(problem, baseline, analysis)
         space = make_job_space(job, analysis, baseline.float_bits)
         evaluator = Evaluator(problem, baseline, [layer.name for layer in analysis.layers])
         _trials(evaluator, space, run, options.plans)

@@ -19,7 +19,7 @@ from paretune.objectives.runtimes import LoadOptions, Runtime, Session, get_runt
 from paretune.objectives.runtimes.base import FORMAT_OF_BITS
 from paretune.objectives.scoring import artifact_outputs
 from paretune.spaces.analysis import Analysis
-from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.plan import CompressionPlan, Quantization
 
 _TOLERANCE = 0.001
 """A float format may cost this much accuracy and still be the best one: bf16's rounding shows in the fourth digit."""
@@ -104,6 +104,12 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
     return Baseline(folder)
 
 
+def profile(problem: Problem, baseline: Baseline, analysis: Analysis) -> Analysis:
+    """The analysis with what the target makes of the model: each layer's share of the latency, and its widths."""
+    shares, widths = profile_layers(problem, baseline), probe_widths(problem, analysis, baseline.float_bits)
+    return replace(analysis, latency_share=shares, widths=widths)
+
+
 def profile_layers(problem: Problem, baseline: Baseline) -> dict[str, float]:
     """Each layer's share of the baseline's latency, by the runtime's own profiler; median of some calls."""
     runtime = get_runtime(problem.target.runtime)
@@ -116,6 +122,29 @@ def profile_layers(problem: Problem, baseline: Baseline) -> dict[str, float]:
             session.run(batch)
             reports.append(session.layers())
     return {name: sorted(report[name].share for report in reports)[5] for name in reports[0]}
+
+
+def probe_widths(problem: Problem, analysis: Analysis, float_bits: int) -> dict[str, tuple[int, ...]]:
+    """The widths in which the target really runs each layer of the dense model, widest first.
+
+    What the runtime executes for a layer's kind is tried on this model, all layers at once, and read back. A layer that
+    the runtime doesn't report can't be seen to run in the width asked for, so it stays in floats.
+    """
+    runtime = get_runtime(problem.target.runtime)
+    capabilities = runtime.capabilities(problem.target.device)
+    found: dict[str, tuple[int, ...]] = {layer.name: (float_bits,) for layer in analysis.layers}
+    example = problem.splits.validation.head(2)
+    for width in sorted({width for widths in capabilities.integer_bits.values() for width in widths}, reverse=True):
+        bits = {layer.name: width for layer in analysis.layers if width in capabilities.widths(layer.kind)}
+        plan = CompressionPlan(quantize=Quantization(bits=bits))
+        module = compress_numerics(problem.model.build(), plan, problem.context(list(example.batches(2))))
+        with TemporaryDirectory(prefix="paretune-probe-") as folder:
+            runtime.deploy(module, problem.example, Path(folder) / MODEL)
+            reports = runtime.load(Path(folder) / MODEL, _options(problem, float_bits)).layers()
+        for name in bits:
+            if name in reports and reports[name].bits == width:
+                found[name] += (width,)
+    return found
 
 
 def _options(problem: Problem, bits: int) -> LoadOptions:

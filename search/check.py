@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from paretune.objectives.baseline import Baseline, make_baseline, profile_layers
+from paretune.objectives.baseline import Baseline, make_baseline, profile
 from paretune.objectives.finetune import Training, fit
 from paretune.objectives.problem import Problem
 from paretune.search.job import Job
@@ -74,7 +74,7 @@ def check(job: Job) -> Check:
         baseline, seconds = _timed(
             lambda: make_baseline(problem, analysis, Path(folder) / "baseline", float_bits=floats)
         )
-        analysis = replace(analysis, latency_share=profile_layers(problem, baseline))
+        analysis = profile(problem, baseline, analysis)
         estimate = _estimate(job, problem, baseline, seconds / len(floats))
         space = make_job_space(job, analysis, baseline.float_bits)
         return Check(analysis, space, baseline.to_dict(), estimate)

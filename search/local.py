@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,6 +23,9 @@ from paretune.search.requests import Request
 
 _START_LIMIT = 3
 """So many workers in a row may die before they are ready; then the search ends."""
+
+_DYING_SECONDS = 5.0
+"""A worker whose pipe is closed is about to exit; killed at once, it would look as if it ran out of memory."""
 
 
 class LocalExecutor(Executor):
@@ -48,6 +52,9 @@ class LocalExecutor(Executor):
         self._size = workers
 
     def submit(self, number: int, request: Request) -> None:
+        for dead in [worker for worker in self._workers if worker.is_dead()]:
+            self._workers.remove(dead)
+            dead.kill()
         worker = next((worker for worker in self._workers if worker.number is None), None)
         if worker is None:
             worker = _Worker.start(self._setup, self._log, self._threads)
@@ -93,8 +100,7 @@ class LocalExecutor(Executor):
 
     def _bury(self, worker: _Worker, number: int) -> Outcome:
         self._workers.remove(worker)
-        worker.kill()
-        code = worker.process.wait()
+        code = worker.reap()
         if not worker.is_ready:
             self._failed_starts += 1
             if self._failed_starts >= _START_LIMIT:
@@ -142,13 +148,31 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C in the terminal is for the search, which then ends its workers
             )
         connection: Connection[Any, Any] = Connection(ours.detach())
-        connection.send_bytes(setup)
-        return cls(process, connection, time.monotonic())
+        worker = cls(process, connection, time.monotonic())
+        # The job may hold objects of modules that only this process knows where to find.
+        worker.send(cloudpickle.dumps(sys.path))
+        worker.send(setup)
+        return worker
+
+    def send(self, message: bytes) -> None:
+        with suppress(OSError):  # it died: whoever reads the connection finds out, and why
+            self.connection.send_bytes(message)
 
     def begin(self, number: int, request: Request) -> None:
         self.number = number
         self.started = time.monotonic()
-        self.connection.send_bytes(cloudpickle.dumps(request))
+        self.send(cloudpickle.dumps(request))
+
+    def is_dead(self) -> bool:
+        """Whether it died since its last request: an idle worker says nothing, so all there is to read is the end."""
+        return self.number is None and self.connection.poll()
+
+    def reap(self) -> int:
+        """See a worker end that closed its connection; returns its exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_DYING_SECONDS)
+        self.kill()
+        return self.process.returncode
 
     def kill(self) -> None:
         self.connection.close()

@@ -90,21 +90,15 @@ def float_widths(job: Job) -> tuple[int, ...]:
 
 
 def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, tuple[int, ...]]:
-    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing.
-
-    A layer that the runtime doesn't report can't be seen to run in the width asked for: it stays in floats.
-    """
+    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing."""
     if not job.space.quantize:
         return {}
-    capabilities = _capabilities(job)
     allowed: Any = {8, float_bits} if job.space.bits == "auto" else set(job.space.bits)
     fixed = {entry.layer for entry in analysis.frozen if entry.reason == EXCLUDED}
-    fixed |= {layer.name for layer in analysis.layers} - analysis.latency_share.keys()
     widths = {}
-    for layer in analysis.layers:
-        integers = capabilities.integer_bits.get(layer.kind, ())
-        offered = tuple(width for width in (float_bits, *integers) if width in allowed)
-        widths[layer.name] = (float_bits,) if layer.name in fixed or not offered else offered
+    for name, probed in analysis.widths.items():
+        offered = tuple(width for width in probed if width in allowed)
+        widths[name] = (float_bits,) if name in fixed or not offered else offered
     return widths
 
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, SearchError
-from paretune.objectives.baseline import Baseline, make_baseline, profile_layers
+from paretune.objectives.baseline import Baseline, make_baseline, profile
 from paretune.objectives.environment import environment
 from paretune.objectives.problem import Problem
 from paretune.search.executor import Executor, Outcome
@@ -103,7 +103,8 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     report = report or _to_stderr
     problem = load_problem(job)
     stored = json.loads((folder / "analysis.json").read_text())
-    analysis = replace(problem.analyse(), latency_share=stored["latency_share"])
+    widths = {name: tuple(values) for name, values in stored["widths"].items()}
+    analysis = replace(problem.analyse(), latency_share=stored["latency_share"], widths=widths)
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
@@ -120,7 +121,7 @@ def _prepare(
     (folder / "job.yaml").write_text(job.to_yaml())
     _write_json(folder / "environment.json", environment())
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
-    analysis = replace(analysis, latency_share=profile_layers(problem, baseline))
+    analysis = profile(problem, baseline, analysis)
     _write_json(folder / "analysis.json", analysis.to_dict())
     measured = baseline.measurement
     report(

@@ -97,6 +97,9 @@ def _print_costs(console: Console, check: Check) -> None:
         f"as {check.baseline['format']}, {measured['size_bytes']:,} bytes, "
         f"{check.analysis.params:,} parameters, {check.analysis.macs:,} MACs"
     )
+    floats = [name for name, widths in check.space.widths.items() if len(widths) == 1]
+    if floats:
+        console.print(f"layers that stay in one width: {', '.join(floats)}")
     names = list(check.space.distributions())
     kinds = {kind: sum(name.startswith(kind) for name in names) for kind in ("prune/", "bits/")}
     rest = [name for name in names if not name.startswith(tuple(kinds))]

@@ -29,6 +29,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     connection: Connection[Any, Any] = Connection(descriptor)
+    sys.path[:] = _receive(connection)
     job, run = _receive(connection)
     evaluator = load_evaluator(job, run)
     connection.send("ready")

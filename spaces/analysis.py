@@ -61,6 +61,7 @@ class Analysis:
         macs: Multiply-accumulates of a forward pass, for one sample.
         latency_share: Layer name to its share of the dense model's latency, once it was profiled; layers that the
             runtime doesn't report are missing.
+        widths: Layer name to the bit-widths in which the target was seen to run it, widest first, once probed.
     """
 
     groups: tuple[Group, ...]
@@ -69,6 +70,7 @@ class Analysis:
     params: int
     macs: int
     latency_share: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with parameters, MACs and latency share summed per group."""
@@ -85,7 +87,11 @@ class Analysis:
                     "latency_share": sum(self.latency_share.get(layer.name, 0.0) for layer in members),
                 }
             )
-        layers = [asdict(layer) | {"latency_share": self.latency_share.get(layer.name, 0.0)} for layer in self.layers]
+        layers = [
+            asdict(layer)
+            | {"latency_share": self.latency_share.get(layer.name, 0.0), "widths": self.widths.get(layer.name, ())}
+            for layer in self.layers
+        ]
         return {
             "groups": groups,
             "frozen": [asdict(frozen) for frozen in self.frozen],
@@ -93,6 +99,7 @@ class Analysis:
             "params": self.params,
             "macs": self.macs,
             "latency_share": self.latency_share,
+            "widths": self.widths,
         }
 
 

@@ -117,7 +117,7 @@ class SearchSpace:
         }
         distributions = self.distributions()
         for name, distribution in distributions.items():
-            if not distribution._contains(distribution.to_internal_repr(values[name])):
+            if not _in(distribution, values[name]):
                 raise _outside(f"plan: {name}", f"must be in {distribution}", values[name], {})
         for name, constant in self._constants().items():
             if values[name] != constant:
@@ -190,6 +190,12 @@ def make_space(analysis: Analysis, widths: Mapping[str, Sequence[int]], options:
     groups = analysis.groups if options.prune else ()
     grids = {group.name: channel_grid(group.channels, max_ratio=options.max_ratio) for group in groups}
     return SearchSpace(grids, widths, options)
+
+
+def _in(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices  # its internal form doesn't exist for other values
+    return distribution._contains(value)
 
 
 def _largest(grid: Sequence[int]) -> float:

@@ -62,7 +62,8 @@ class QuantizedLayer(nn.Module):
             self._scale_weight()
         layer = cast(Any, self.layer)
         if self._subsamples:
-            x = x[(..., *(slice(None, None, step) for step in layer.stride))]
+            steps: list[Any] = [slice(None, None, step) for step in layer.stride]
+            x = x[(..., *steps)]
         if x.dtype != torch.float32:  # under autocast; the rounding needs more digits than bf16 has
             x = x.float()
         # The container is uint8 and int8 whatever the width, as the exporter and the runtimes want it.
@@ -98,7 +99,7 @@ def _is_strided_pointwise(layer: Any) -> bool:
     if isinstance(layer, nn.Linear):
         return False
     plain = layer.groups == 1 and layer.padding == (0,) * len(layer.stride)
-    return plain and max(layer.stride) > 1 and max(layer.kernel_size) == 1
+    return bool(plain and max(layer.stride) > 1 and max(layer.kernel_size) == 1)
 
 
 def insert_quantizers(model: nn.Module, bits: dict[str, int]) -> None:

@@ -148,7 +148,7 @@ def test_sweep_goes_through_ratios_and_widths() -> None:
         for plan in (SPACE.sweep(index) for index in range(10))
     ]
     ratios = (0.0, 0.75, 0.375, 0.125, 0.5)
-    # 0.1875 and 0.5625 lie between two counts: the larger one is taken.
+    # 0.1875 and 0.5625 lie in the middle of two counts: the larger one is taken.
     assert seen == [(ratio, bits) for ratio in ratios for bits in (32, 8)]
     assert SPACE.sweep(0) == DENSE
 
@@ -156,7 +156,8 @@ def test_sweep_goes_through_ratios_and_widths() -> None:
 def test_sweep_is_endless_and_always_in_the_space() -> None:
     plans = [SPACE.sweep(index) for index in range(60)]
     assert plans == [SPACE.sweep(index) for index in range(60)]
-    assert len({plan.hash for plan in plans}) == 2 * 7, "every count of the wider group with each width"
+    found = {(plan.prune.ratios.get("block.conv", 0.0), plan.quantize.bits["stem"]) for plan in plans}
+    assert found == {(step / 8, bits) for step in range(7) for bits in (32, 8)}
     for plan in plans:
         assert SPACE.to_plan(SPACE.to_params(plan)) == plan
 
@@ -167,7 +168,7 @@ def test_sweep_is_endless_and_always_in_the_space() -> None:
         pytest.param(SearchSpace({}, {"a": (32, 16, 8)}), [(0.0, 32), (0.0, 8), (0.0, 16), (0.0, 32)], id="only bits"),
         pytest.param(SearchSpace({"a": [8]}, {"a": (32, 8)}), [(0.0, 32), (0.0, 8), (0.0, 32), (0.0, 8)], id="narrow"),
         pytest.param(
-            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.25, None), (0.0, None)], id="only ratios"
+            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.5, None), (0.25, None)], id="only ratios"
         ),
         pytest.param(SearchSpace({}, {}), [(0.0, None)] * 4, id="empty"),
     ],
