@@ -249,9 +249,7 @@ def test_workers_end_with_a_parent_that_is_killed(measured: Path, tmp_path: Path
     command = [sys.executable, str(tmp_path / "parent.py"), str(measured), str(note)]
     environment = os.environ | {"PYTHONPATH": load_job(measured).python_path[0]}
     with (tmp_path / "log").open("w") as log:
-        parent = subprocess.Popen(
-            command, cwd=tmp_path / "elsewhere", stdout=log, stderr=log, env=environment
-        )
+        parent = subprocess.Popen(command, cwd=tmp_path / "elsewhere", stdout=log, stderr=log, env=environment)
     try:
         end = time.monotonic() + START_SECONDS
         while not note.exists() and parent.poll() is None and time.monotonic() < end:

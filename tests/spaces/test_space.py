@@ -168,7 +168,7 @@ def test_sweep_is_endless_and_always_in_the_space() -> None:
         pytest.param(SearchSpace({}, {"a": (32, 16, 8)}), [(0.0, 32), (0.0, 8), (0.0, 16), (0.0, 32)], id="only bits"),
         pytest.param(SearchSpace({"a": [8]}, {"a": (32, 8)}), [(0.0, 32), (0.0, 8), (0.0, 32), (0.0, 8)], id="narrow"),
         pytest.param(
-            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.5, None), (0.25, None)], id="only ratios"
+            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.25, None), (0.25, None)], id="only ratios"
         ),
         pytest.param(SearchSpace({}, {}), [(0.0, None)] * 4, id="empty"),
     ],
