@@ -27,7 +27,7 @@ from paretune.search.report import write_report
 from paretune.search.requests import Evaluate
 from paretune.search.results import candidates, write_front, write_trials
 from paretune.search.samplers import SAMPLERS
-from paretune.search.study import Proposal, SearchStudy, stored_rows, study_url
+from paretune.search.study import Proposal, SearchStudy, check_new_study, stored_rows, study_url
 from paretune.search.verify_front import verify_front
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.space import SearchSpace
@@ -66,6 +66,7 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
             f"{job.name!r}, and {folder} exists",
             f"go on with `paretune resume {folder}`, or choose another name (-o name=…)",
         )
+    check_new_study(job)
     floats = float_widths(job)
     problem = load_problem(job)
     analysis = problem.analyse()

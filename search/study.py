@@ -209,6 +209,21 @@ def open_storage(url: str) -> RDBStorage:
     return storage
 
 
+def check_new_study(job: Job) -> None:
+    """Check the storage that a job names, before anything is spent; one in the run folder is always new.
+
+    Raises:
+        JobError: It can't be opened, or holds a study of that name, whose trials would pass for those of the new run.
+    """
+    if job.storage and job.name in optuna.get_all_study_names(open_storage(job.storage)):
+        raise JobError(
+            "name",
+            "must name a study that the storage doesn't hold yet",
+            repr(job.name),
+            "choose another name (-o name=…), or go on with that study's run (`paretune resume`)",
+        )
+
+
 def _write_ahead(connection: sqlite3.Connection, _record: Any) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")

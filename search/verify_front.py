@@ -35,7 +35,7 @@ def verify_front(job: Job, run: Path, study: SearchStudy, metric: str, report: C
             row = next(row for row in members if row.number == outcome.number)
             if outcome.error:
                 report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
-            elif outcome.result.measurement.accuracy > row.measurement.accuracy:
+            elif outcome.result.measurement.accuracy >= row.measurement.accuracy:
                 artifacts[row.number] = run / "trials" / str(row.number) / "verified"
     finally:
         executor.close()

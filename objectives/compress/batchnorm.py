@@ -26,6 +26,9 @@ def fold_batchnorm(model: nn.Module, forward: Forward) -> nn.Module:
     for layer_name, norm_name in _pairs(model, forward):
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)
+        if norm.weight is None:  # affine=False, which torch folds into convolutions alone
+            norm.weight = nn.Parameter(torch.ones_like(norm.running_var))
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_mean))
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         replace_module(model, layer_name, fuse(layer, norm))
         replace_module(model, norm_name, nn.Identity())

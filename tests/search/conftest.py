@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from paretune.objectives.baseline import make_baseline
+from paretune.objectives.baseline import make_baseline, profile
 from paretune.search.job import Job, make_job
 from paretune.search.problem import BASELINE, load_problem
 
@@ -112,7 +112,8 @@ def measured(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = results / job.name
     problem = load_problem(job)
     analysis = problem.analyse()
-    make_baseline(problem, analysis, folder / BASELINE)
+    folder.mkdir()
+    analysis = profile(problem, make_baseline(problem, analysis, folder / BASELINE), analysis)
     (folder / "analysis.json").write_text(json.dumps(analysis.to_dict()))
     (folder / "job.yaml").write_text(job.to_yaml())
     return folder
