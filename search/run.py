@@ -20,6 +20,7 @@ from paretune.objectives.baseline import Baseline, make_baseline, profile
 from paretune.objectives.environment import environment
 from paretune.objectives.problem import Problem
 from paretune.search.executor import Executor, Outcome
+from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
 from paretune.search.local import LocalExecutor
 from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space
@@ -153,6 +154,9 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
         verify_front(job, folder, study, metric, report)
     write_report(folder)
     report(f"report: {folder / 'report.html'}")
+    if not read_front(folder)["points"]:
+        bounds = ", ".join(map(str, job.constraints))
+        raise SearchError(f"a verified point must keep all of {bounds}, but none did; loosen them or search longer")
     return folder
 
 

@@ -55,7 +55,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
         inputs: An example batch.
         path: Where the file goes.
         dynamo: Use torch.export's exporter (10 times slower, needs onnxscript) instead of the TorchScript-based
-            one, which is deprecated.
+            one, which is deprecated. For unquantized modules: torch.export can't trace fake quantization.
     """
     names = input_names(inputs)
     args = tuple(tensors(inputs).values())
@@ -70,7 +70,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
                 input_names=names,
                 output_names=["output"],
                 opset_version=OPSET + 1,
-                dynamic_shapes=([{0: batch} for _ in args],),
+                dynamic_shapes=(tuple({0: batch} for _ in args),),
                 dynamo=True,
                 verbose=False,
             )

@@ -79,6 +79,7 @@ def _bake(graph: GraphProto, constants: dict[str, Array]) -> None:
     present = {initializer.name for initializer in graph.initializer}
     for node in graph.node:
         if node.op_type == "Identity" and node.output[0] in constants:
+            present.add(node.output[0])
             graph.initializer.append(numpy_helper.from_array(constants[node.output[0]], node.output[0]))
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for name in node.input[1:]:

@@ -62,10 +62,16 @@ class OpenVINO(Runtime):
             "PERF_COUNT": options.purpose == "profile",
         }
         graph = onnx.load(str(path), load_external_data=False).graph
+        aliases = _aliases(graph)
         compiled = self._core.compile_model(model, "CPU", config)
-        if _hides(compiled, _apart(graph, options.float_bits)):
+        if _hides(compiled, aliases, _apart(graph, options.float_bits)):
             compiled = self._core.compile_model(model, "CPU", config | {"SNIPPETS_MODE": "DISABLE"})
-        return _Session(compiled, _aliases(graph))
+        return _Session(compiled, aliases)
+
+
+def _device(device: str) -> None:
+    if device.lower() != "cpu":
+        raise JobError("target.device", "must be 'cpu' for the runtime 'openvino'", repr(device), "use cpu")
 
 
 def _apart(graph: onnx.GraphProto, float_bits: int) -> set[str]:
@@ -75,23 +81,36 @@ def _apart(graph: onnx.GraphProto, float_bits: int) -> set[str]:
     return {node.name for node in products if float_bits == 16 or node.input[1] in dequantized}
 
 
-def _hides(compiled: Any, layers: set[str]) -> bool:
+def _hides(compiled: Any, aliases: dict[str, str], layers: set[str]) -> bool:
     """Whether linear layers were compiled into one kernel, which reports no width but that of its output.
 
     At small batches OpenVINO does so with neighbouring ones. Its switch for that goes for other fusions too (they
     matter for attention, not for convolutions), so it is left alone wherever every layer can be told apart.
     """
     for operation in compiled.get_runtime_model().get_ordered_ops():
-        info = {key: value.astype(str) for key, value in operation.get_rt_info().items()}
-        names = info.get("originalLayersNames", "").split(",")
-        if info.get("layerType") == "Subgraph" and layers.intersection(name.split("/")[0] for name in names):
+        info = _info(operation)
+        if info.get("layerType") == "Subgraph" and layers & {layer for layer, _ in _layers_of(info, aliases)}:
             return True
     return False
 
 
-def _device(device: str) -> None:
-    if device.lower() != "cpu":
-        raise JobError("target.device", "must be 'cpu' for the runtime 'openvino'", repr(device), "use cpu")
+def _info(operation: Any) -> dict[str, str]:
+    """What OpenVINO tells of a compiled operation: layerType, runtimePrecision, originalLayersNames, ..."""
+    return {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+
+
+def _layers_of(info: dict[str, str], aliases: dict[str, str]) -> list[tuple[str, bool]]:
+    """(layer, whether its product itself is meant, not a step after it) for each layer that an operation executes."""
+    found = []
+    for name in filter(None, info.get("originalLayersNames", "").split(",")):
+        # An operation whose bias is all zero may keep no other name than these.
+        name = name.removesuffix("/WithoutBiases").removesuffix("_original")
+        layer, _, step = name.partition("/")
+        if name in aliases:
+            found.append((aliases[name], False))
+        elif layer:  # the exporter's own names begin with a slash
+            found.append((layer, not step))
+    return found
 
 
 def _aliases(graph: onnx.GraphProto) -> dict[str, str]:
@@ -130,31 +149,19 @@ class _Session(Session):
         return infer
 
     def layers(self) -> dict[str, LayerReport]:
-        operations = self._compiled.get_runtime_model().get_ordered_ops()
-        infos = {
-            operation.get_friendly_name(): {key: value.astype(str) for key, value in operation.get_rt_info().items()}
-            for operation in operations
-        }
         times = self._times()
         total = sum(times.values()) or 1.0
-        reports: dict[str, LayerReport] = {}
+        own: dict[str, LayerReport] = {}
         others: dict[str, LayerReport] = {}
-        for friendly, info in infos.items():
+        for operation in self._compiled.get_runtime_model().get_ordered_ops():
+            info = _info(operation)
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
-                for name in info.get("originalLayersNames", "").split(","):
-                    report = LayerReport(_BITS[precision], times.get(friendly, 0.0) / total)
-                    # An operation whose bias is all zero may keep no other name than this.
-                    name = name.removesuffix("/WithoutBiases")
-                    layer, _, step = name.partition("/")
-                    if name in self._aliases:
-                        others[self._aliases[name]] = report
-                    elif layer and step:
-                        others[layer] = report
-                    else:
-                        reports[name] = report
-        # A layer's own name counts first: what follows its product (bias, scale) may run apart, in another width.
-        return others | reports
+                share = times.get(operation.get_friendly_name(), 0.0) / total
+                for layer, is_product in _layers_of(info, self._aliases):
+                    (own if is_product else others)[layer] = LayerReport(_BITS[precision], share)
+        # The product counts first: what follows it (bias, scale) may run apart, in another width.
+        return others | own
 
     def _times(self) -> dict[str, float]:
         """Seconds per operation of the latest call; empty unless the session was loaded to be profiled."""

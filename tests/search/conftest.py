@@ -86,7 +86,7 @@ class TinyJob:
             "finetune": {"epochs": 0.2, "batch_size": 64},
             "target": {"batch_size": 8},
             "search": {"trials": 6, "workers": 2},
-            "verify": {"points": 2, "rounds": 1},
+            "verify": {"points": 1, "rounds": 1},
             "results": str(results),
             "python_path": [str(self.project)],
         }

@@ -19,12 +19,10 @@ import torch
 
 from paretune.errors import SearchError, TrialError
 from paretune.objectives.evaluate import Evaluator
-from paretune.objectives.measurement import Record
 from paretune.search.executor import Outcome
 from paretune.search.job import load_job
 from paretune.search.local import LocalExecutor
-from paretune.search.requests import Evaluate, Request
-from paretune.spaces.plan import CompressionPlan
+from paretune.search.requests import Request
 from tests.search.conftest import TinyJob
 
 START_SECONDS = 60.0
@@ -107,13 +105,6 @@ def test_results_come_back_from_one_process_that_is_another(executor: LocalExecu
     first = pid_of(executor)
     assert first != os.getpid()
     assert pid_of(executor) == first
-
-
-def test_a_plan_is_evaluated(executor: LocalExecutor, tmp_path: Path) -> None:
-    outcome = outcome_of(executor, Evaluate(CompressionPlan(), tmp_path / "artifact", seed=0), number=3)
-    assert isinstance(outcome.result, Record)
-    assert outcome.result.measurement.is_finite()
-    assert (tmp_path / "artifact" / "card.json").is_file()
 
 
 def test_each_worker_trains_with_its_share_of_the_cores(executor: LocalExecutor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,8 +24,10 @@ from paretune.errors import JobError, SearchError
 from paretune.objectives.artifact import verify_files
 from paretune.objectives.data import Splits, load_splits
 from paretune.search.front_json import read_front
-from paretune.search.job import load_job
+from paretune.search.job import Job, load_job
+from paretune.search.results import write_front
 from paretune.search.run import resume, run
+from paretune.search.study import SearchStudy
 from paretune.spaces.plan import CompressionPlan
 from tests.search.conftest import MODULE, NewRun, TinyJob
 
@@ -82,7 +83,7 @@ def finished(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run; copy it, don't change it."""
     results = tmp_path_factory.mktemp("results")
     lines: list[str] = []
-    folder = run(tiny(results, "whole"), report=lines.append)
+    folder = run(tiny(results, "whole", verify={"points": 2, "rounds": 2}), report=lines.append)
     assert folder == results / "whole"
     assert len([line for line in lines if line.startswith("trial ") and "accuracy" in line]) == TRIALS
     assert not any("failed" in line for line in lines)
@@ -161,6 +162,8 @@ def test_the_same_name_again_changes_nothing(tiny: TinyJob, finished: Path) -> N
 def test_a_finished_run_goes_on_to_its_front_alone(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     shutil.copytree(finished, folder)
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    (folder / "job.yaml").write_text(yaml.safe_dump(job | {"verify": {"points": 1, "rounds": 1}}))
     (folder / "report.html").unlink()
     (folder / "front.json").write_text("{}")
     lines: list[str] = []
@@ -180,6 +183,23 @@ def test_constraints_that_no_trial_keeps(finished: Path, tmp_path: Path) -> None
     with pytest.raises(SearchError, match=rf"accuracy >= 1, latency_ms <= 1e-06, but none of {TRIALS} did"):
         resume(folder, report=lambda line: None)
     assert {row["feasible"] for row in table_of(folder)} == {"false"}
+
+
+def test_constraints_that_no_verified_point_keeps(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished, folder)
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    (folder / "job.yaml").write_text(yaml.safe_dump(job | {"constraints": ["latency_ms <= 1e3"]}))
+
+    def verify_nothing(job: Job, folder: Path, study: SearchStudy, metric: str, report: object) -> None:
+        write_front(folder, study, metric, {})
+
+    monkeypatch.setattr("paretune.search.run.verify_front", verify_nothing)
+    with pytest.raises(SearchError, match=r"a verified point must keep all of latency_ms <= 1000, but none did"):
+        resume(folder, report=lambda line: None)
+    assert (folder / "report.html").stat().st_mtime_ns > (finished / "report.html").stat().st_mtime_ns
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
@@ -206,12 +226,12 @@ def test_failing_trials_are_recorded(new_run: NewRun) -> None:
     assert not (folder / "front.json").exists() or read_front(folder)["points"] == []
 
 
-def live_splits(project: Path) -> Splits:
-    sys.path.insert(0, str(project))
-    return load_splits(f"{MODULE}:data")
-
-
-def test_live_objects_and_a_timeout(tiny: TinyJob, project: Path, tmp_path: Path) -> None:
+def test_live_objects_and_a_timeout(
+    tiny: TinyJob, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(project), *sys.path])
+    splits = load_splits(f"{MODULE}:data")
+    assert isinstance(splits, Splits)
     width = 16
 
     def build() -> nn.Module:
@@ -222,19 +242,24 @@ def test_live_objects_and_a_timeout(tiny: TinyJob, project: Path, tmp_path: Path
     keys = tiny.keys(
         tmp_path,
         model={"factory": build},
-        data=live_splits(project),
+        data=splits,
         python_path=[],
         search={"trials": None, "timeout": 0.05, "workers": 1},
+        constraints=["accuracy >= 1"],  # so that there is nothing to verify, which takes longer than the search
     )
-    folder = run(keys, report=lambda line: None)
+    folder = tmp_path / "tiny"
+    with pytest.raises(SearchError, match="accuracy >= 1, but none of 1 did"):
+        run(keys, report=lambda line: None)
     assert states_of(folder)[0] == "COMPLETE"
-    assert "COMPLETE" not in states_of(folder)[1:], "no trial is begun after the timeout"
-    check_front(folder)
+    assert set(states_of(folder)[1:]) <= {"WAITING"}, "no trial is begun after the timeout"
     written = yaml.safe_load((folder / "job.yaml").read_text())
     assert written["model"]["factory"].startswith("<live ")
     assert written["data"]["source"] == "<live Splits>"
     with pytest.raises(JobError, match=r"<live .*pass the object again"):
         resume(folder)
+    keys["search"] = {"trials": 1}
+    with pytest.raises(SearchError, match="none of 1 did"):
+        resume(folder, job=keys, report=lambda line: None)
 
 
 GO_ON = "import sys; from paretune.search.run import resume; resume(sys.argv[1])"
@@ -248,10 +273,10 @@ def interrupt(folder: Path, number: signal.Signals, *, when: Callable[[list[str]
     try:
         end = time.monotonic() + PATIENCE_SECONDS
         while process.poll() is None and time.monotonic() < end:
-            if sum(line.startswith("trial ") for line in log.read_text().splitlines()) and when(states_of(folder)):
+            if "\ntrial " in f"\n{log.read_text()}" and when(states_of(folder)):
                 process.send_signal(number)
                 break
-            time.sleep(0.05)
+            time.sleep(0.2)
         return process.wait(PATIENCE_SECONDS), log.read_text()
     finally:
         process.kill()
@@ -278,8 +303,10 @@ def test_a_search_that_is_killed_loses_nothing(new_run: NewRun) -> None:
         assert trials[number].user_attrs == killed[number].user_attrs
         assert (folder / "trials" / str(number) / "artifact" / "card.json").is_file()
     assert [trials[number].state.name for number in begun] == ["FAIL"] * len(begun)
-    retried = [trial.params for trial in trials if trial.user_attrs["source"] == "retry"]
-    assert retried == [killed[number].params for number in begun if trials[number].params]
+    # One that was killed while it was being proposed can't be repeated; another takes its place.
+    names = trials[done[0]].params.keys()
+    retried = [trial.params for trial in trials if trial.user_attrs.get("source") == "retry"]
+    assert retried == [killed[number].params for number in begun if killed[number].params.keys() == names]
     assert states_of(folder).count("COMPLETE") == TRIALS
     assert set(states_of(folder)) == {"COMPLETE", "FAIL"}
     reasons = {row["error"] for row in table_of(folder) if row["state"] == "FAIL"}
@@ -338,11 +365,11 @@ def test_a_study_of_another_run_is_not_taken_over(tiny: TinyJob, tmp_path: Path)
     assert not (tmp_path / "results").exists()
 
 
-def test_a_job_file_whose_module_fails(tmp_path: Path) -> None:
+def test_a_job_file_whose_module_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     (tmp_path / "failing_module.py").write_text("raise OSError('no licence')")
     job = {"name": "tiny", "model": {"factory": "failing_module:build"}, "data": "digits", "results": str(tmp_path)}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     with pytest.raises(JobError, match=r"^model\.factory .*OSError: no licence"):
         run(tmp_path / "job.yaml", report=lambda line: None)
     assert not (tmp_path / "tiny").exists()
-    sys.path.remove(str(tmp_path))

@@ -91,10 +91,16 @@ DENSE = SPACE.uniform(0.0)
     ("space", "plan", "where"),
     [
         pytest.param(
-            SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"stem": 0.25})}), "prune.ratios.stem", id="off grid"
+            SPACE,
+            DENSE.model_copy(update={"prune": Pruning(ratios={"stem": 0.25})}),
+            "prune.ratios.stem",
+            id="off grid",
         ),
         pytest.param(
-            SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"narrow": 0.5})}), "prune.ratios.narrow", id="no grid"
+            SPACE,
+            DENSE.model_copy(update={"prune": Pruning(ratios={"narrow": 0.5})}),
+            "prune.ratios.narrow",
+            id="no grid",
         ),
         pytest.param(
             SPACE, DENSE.model_copy(update={"prune": Pruning(ratios={"x": 0.5})}), "prune.ratios", id="unknown group"
@@ -103,7 +109,10 @@ DENSE = SPACE.uniform(0.0)
             SPACE, DENSE.model_copy(update={"prune": Pruning(importance="random")}), "importance", id="importance"
         ),
         pytest.param(
-            SPACE, DENSE.model_copy(update={"quantize": Quantization(bits={"x": 8})}), "quantize.bits", id="unknown layer"
+            SPACE,
+            DENSE.model_copy(update={"quantize": Quantization(bits={"x": 8})}),
+            "quantize.bits",
+            id="unknown layer",
         ),
         pytest.param(
             SPACE, DENSE.model_copy(update={"quantize": Quantization(bits={"stem": 16})}), "bits/stem", id="width"
@@ -168,7 +177,9 @@ def test_sweep_is_endless_and_always_in_the_space() -> None:
         pytest.param(SearchSpace({}, {"a": (32, 16, 8)}), [(0.0, 32), (0.0, 8), (0.0, 16), (0.0, 32)], id="only bits"),
         pytest.param(SearchSpace({"a": [8]}, {"a": (32, 8)}), [(0.0, 32), (0.0, 8), (0.0, 32), (0.0, 8)], id="narrow"),
         pytest.param(
-            SearchSpace({"a": [8, 16, 24, 32]}, {}), [(0.0, None), (0.75, None), (0.25, None), (0.25, None)], id="only ratios"
+            SearchSpace({"a": [8, 16, 24, 32]}, {}),
+            [(0.0, None), (0.75, None), (0.25, None), (0.25, None)],
+            id="only ratios",
         ),
         pytest.param(SearchSpace({}, {}), [(0.0, None)] * 4, id="empty"),
     ],

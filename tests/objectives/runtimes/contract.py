@@ -62,7 +62,7 @@ def signal(batch: int) -> Tensor:
 
 
 NETS = [
-    pytest.param(nets.PlainCNN, lambda batch: nets.image(batch, 1), id="PlainCNN"),
+    pytest.param(lambda: nets.wake_norms(nets.PlainCNN()), lambda batch: nets.image(batch, 1), id="PlainCNN"),
     pytest.param(nets.Residual, nets.image, id="Residual"),
     pytest.param(nets.Depthwise, nets.image, id="Depthwise"),
     pytest.param(nets.Dense, nets.image, id="Dense"),
@@ -75,7 +75,7 @@ NETS = [
     pytest.param(nets.Transformer, nets.sequence, id="Transformer"),
     pytest.param(nets.Recurrent, nets.sequence, id="LSTM"),
     pytest.param(nets.Twice, nets.vector, id="called twice"),
-    pytest.param(nets.Fold, nets.image, id="batch norms left"),
+    pytest.param(lambda: nets.wake_norms(nets.Fold()), nets.image, id="batch norms left"),
     pytest.param(ZeroBias, nets.image, id="zero biases"),
 ]
 
@@ -83,7 +83,7 @@ NETS = [
 def prepared(build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int) -> nn.Module:
     """A module as it is deployed: batch norm folded, quantizers calibrated and frozen."""
     torch.manual_seed(0)
-    module = fold_batchnorm(nets.wake_norms(build()), lambda model: call(model, inputs))
+    module = fold_batchnorm(build(), lambda model: call(model, inputs))
     names = execution_order(module, lambda model: call(model, inputs))
     insert_quantizers(module, dict.fromkeys(names, bits) if isinstance(bits, int) else bits)
     with torch.no_grad():
@@ -135,8 +135,10 @@ class RuntimeContract:
         self, runtime: Runtime, tmp_path: Path, build: Callable[[], nn.Module], inputs: SeededInputs
     ) -> None:
         module = prepared(build, inputs(2), 32)
+        runtime.deploy(module, inputs(2), tmp_path / "model.onnx")
         for batch in (1, 3):
-            session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", batch)
+            session = runtime.load(tmp_path / "model.onnx", LoadOptions(batch))
+            assert all(session.layers()[name].bits == 32 for name in names_of(build, inputs(2)))
             given = inputs(batch)
             with torch.no_grad():
                 expected = call(module, given).numpy()
@@ -183,7 +185,7 @@ class RuntimeContract:
         assert (found == expected).mean() >= 0.99
         assert (found == digit_splits.validation.targets.numpy()).mean() >= 0.9
 
-    @pytest.mark.parametrize("mix", ["all", "none", "even", "odd", "random 1", "random 2"])
+    @pytest.mark.parametrize("mix", ["all", "even", "random"])
     @pytest.mark.parametrize(("build", "inputs"), NETS)
     def test_every_layer_is_reported_in_the_width_asked_for(
         self, runtime: Runtime, tmp_path: Path, build: Callable[[], nn.Module], inputs: SeededInputs, mix: str
@@ -191,21 +193,18 @@ class RuntimeContract:
         rng = random.Random(mix)
         choose: dict[str, Callable[[int], bool]] = {
             "all": lambda _: True,
-            "none": lambda _: False,
             "even": lambda index: index % 2 == 0,
-            "odd": lambda index: index % 2 == 1,
         }
         capabilities = runtime.capabilities(self.device)
         names = names_of(build, inputs(2))
         low = [name for i, name in enumerate(names) if choose.get(mix, lambda _: rng.random() < 0.5)(i)]
-        for float_bits in capabilities.float_bits:
+        for float_bits, batch in zip(capabilities.float_bits, (1, 16, 3), strict=False):
             asked = {name: 8 if name in low else float_bits for name in names}
             module = prepared(build, inputs(2), asked)
-            for batch in (1, 16):
-                session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", batch, float_bits)
-                reports = session.layers()
-                found = {name: reports[name].bits for name in names if name in reports}
-                assert found == asked, f"float width {float_bits}, batch {batch}"
+            session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", batch, float_bits)
+            reports = session.layers()
+            found = {name: reports[name].bits for name in names if name in reports}
+            assert found == asked, f"float width {float_bits}, batch {batch}"
 
     @pytest.mark.parametrize(
         ("kind", "build", "inputs"),

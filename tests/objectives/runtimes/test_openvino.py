@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ class TestOpenVINO(RuntimeContract):
         def build() -> nn.Module:
             sizes = (12, 32, 32, 16, 4)
             layers: list[nn.Module] = []
-            for size, following in zip(sizes, sizes[1:], strict=False):
+            for size, following in pairwise(sizes):
                 layers += [nn.Linear(size, following), nn.ReLU()]
             return nn.Sequential(*layers[:-1])
 

@@ -1,0 +1,294 @@
+"""A trial from the plan to the artifact, on the digits: what is promised is what is deployed and measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from paretune.errors import JobError, ParetuneError, TrialError
+from paretune.objectives import artifact
+from paretune.objectives.artifact import CARD, FILES, MODEL, PLAN, WEIGHTS, Card, load_module, probe_difference
+from paretune.objectives.baseline import Baseline, make_baseline, profile_layers
+from paretune.objectives.data import call
+from paretune.objectives.evaluate import Evaluator, Stopwatch
+from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.models import ModelSource
+from paretune.objectives.problem import Problem
+from paretune.objectives.runtimes import LoadOptions, Target, get_runtime
+from paretune.objectives.scoring import artifact_outputs
+from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
+
+LAYERS = ("conv1", "conv2", "fc1", "fc2")
+DENSE = CompressionPlan(finetune=Finetuning(learning_rate=1e-4))
+SMALL = CompressionPlan(
+    prune=Pruning(ratios={"conv2": 0.5, "fc1": 0.25}),
+    quantize=Quantization(bits={"conv1": 32, "conv2": 8, "fc1": 8, "fc2": 8}),
+    finetune=Finetuning(learning_rate=3e-3, temperature=2.0),
+)
+
+
+class Trial(NamedTuple):
+    plan: CompressionPlan
+    record: Record
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def dense(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    folder = tmp_path_factory.mktemp("trials") / "dense"
+    return Trial(DENSE, evaluator.evaluate(DENSE, folder, seed=0), folder)
+
+
+@pytest.fixture(scope="module")
+def small(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    folder = tmp_path_factory.mktemp("trials") / "small"
+    return Trial(SMALL, evaluator.evaluate(SMALL, folder, seed=0, epochs=3), folder)
+
+
+@pytest.fixture(params=["dense", "small"])
+def trial(request: pytest.FixtureRequest) -> Trial:
+    found: Trial = request.getfixturevalue(request.param)
+    return found
+
+
+def test_record(trial: Trial) -> None:
+    record, measured = trial.record, trial.record.measurement
+    assert measured.is_finite()
+    assert 0.85 <= measured.accuracy <= 1
+    assert 0 < measured.latency_low_ms <= measured.latency_ms <= measured.latency_high_ms
+    assert measured.speedup > 0
+    assert record.early_latency_ms > 0
+    assert measured.size_bytes == record.early_size_bytes == (trial.folder / MODEL).stat().st_size
+    assert record.executed == {name: trial.plan.quantize.bits.get(name, 32) for name in LAYERS}
+    assert record.seconds.keys() == {"compress", "train", "deploy", "score", "measure", "save"}
+    assert all(seconds > 0 for seconds in record.seconds.values())
+    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_parameters_and_macs_are_the_promised_ones(dense: Trial, small: Trial, problem: Problem) -> None:
+    analysis = problem.analyse()
+    assert (dense.record.measurement.params, dense.record.measurement.macs) == (analysis.params, analysis.macs)
+    conv1, conv2 = 16 * 9 + 2 * 16, 16 * 16 * 9 + 2 * 16
+    fc1, fc2 = 16 * 4 * 24 + 24, 24 * 10 + 10
+    assert small.record.measurement.params == conv1 + conv2 + fc1 + fc2
+    assert small.record.measurement.macs == 16 * 9 * 64 + 16 * 16 * 9 * 16 + 64 * 24 + 240
+    assert small.record.measurement.size_bytes < dense.record.measurement.size_bytes
+
+
+def test_the_folder_is_complete(trial: Trial) -> None:
+    assert {path.name for path in trial.folder.iterdir()} == {*FILES, CARD}
+    assert [path.name for path in trial.folder.parent.iterdir()] == [trial.folder.name], "nothing unfinished is left"
+    assert CompressionPlan.from_json((trial.folder / PLAN).read_text()) == trial.plan
+    card = Card.read(trial.folder)
+    assert card.target == Target("openvino", "cpu", 8, 1)
+    assert card.float_bits == 32
+    assert card.plan_hash == trial.plan.hash
+    assert Measurement(**card.metrics["validation"]) == trial.record.measurement
+    assert card.metrics.keys() == {"validation"}
+    assert card.environment["torch"] == metadata.version("torch")
+    artifact.verify_files(trial.folder)
+
+
+def test_the_artifact_agrees_with_the_module_rebuilt_from_it(trial: Trial, problem: Problem) -> None:
+    module = load_module(trial.folder, problem)
+    assert not module.training
+    split = problem.splits.validation
+    outputs = artifact_outputs(get_runtime("openvino"), trial.folder / MODEL, LoadOptions(1), split)
+    with torch.no_grad():
+        expected = call(module, split.inputs)
+    assert (outputs.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
+    assert problem.task.metric(outputs, split.targets) == trial.record.measurement.accuracy
+    if trial.plan is DENSE:
+        torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_fresh_process_gives_the_same_outputs_bit_for_bit(trial: Trial, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from paretune.objectives.artifact import probe_difference;"
+        "print(probe_difference(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(trial.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120)
+    assert float(done.stdout) == 0.0
+    assert probe_difference(trial.folder) == 0.0
+
+
+def test_the_probe_is_real_data(trial: Trial, problem: Problem) -> None:
+    inputs, outputs = artifact.load_probe(trial.folder)
+    assert (inputs["input"] == problem.batch()["input"]).all()
+    assert outputs.shape == (8, 10)
+    assert artifact.load_session(trial.folder, threads=1).run(inputs).tolist() == outputs.tolist()
+
+
+def test_equal_seeds_give_equal_weights(small: Trial, evaluator: Evaluator, tmp_path: Path) -> None:
+    again = evaluator.evaluate(SMALL, tmp_path / "again", seed=0, epochs=3)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (small.folder / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / MODEL).read_bytes() == (small.folder / MODEL).read_bytes()
+    assert again.measurement.accuracy == small.record.measurement.accuracy
+    evaluator.evaluate(SMALL, tmp_path / "again", seed=1, epochs=3)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() != (small.folder / WEIGHTS).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again"], "the folder was replaced"
+
+
+def test_evaluating_leaves_the_dense_model_alone(small: Trial, problem: Problem) -> None:
+    assert problem.model.weights is not None
+    before = load_file(problem.model.weights)
+    after = problem.model.build().state_dict()
+    assert small.record.measurement.params < sum(tensor.numel() for tensor in before.values())
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+BAD: list[Any] = [
+    pytest.param(
+        CompressionPlan(quantize=Quantization(bits={"conv1": 16, "fc1": 32})), "share one float format", id="two floats"
+    ),
+    pytest.param(
+        CompressionPlan(finetune=Finetuning(learning_rate=1e30, distillation_weight=0)), "finite", id="diverges"
+    ),
+]
+
+
+@pytest.mark.parametrize(("plan", "message"), BAD)
+def test_failed_trials_leave_no_folder(
+    evaluator: Evaluator, tmp_path: Path, plan: CompressionPlan, message: str
+) -> None:
+    with pytest.raises(TrialError, match=message):
+        evaluator.evaluate(plan, tmp_path / "trial", seed=0, epochs=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_trial_leaves_the_older_artifact(evaluator: Evaluator, small: Trial) -> None:
+    before = (small.folder / CARD).read_bytes()
+    with pytest.raises(TrialError):
+        evaluator.evaluate(BAD[0].values[0], small.folder, seed=0)
+    assert (small.folder / CARD).read_bytes() == before
+    artifact.verify_files(small.folder)
+
+
+def test_a_layer_that_the_artifact_lacks_fails_the_trial(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
+    with pytest.raises(TrialError, match="ghost was to run in 32 bits and isn't found"):
+        Evaluator(problem, baseline, ["conv1", "ghost"]).evaluate(DENSE, tmp_path / "trial", seed=0)
+
+
+def test_a_layer_in_another_width_fails_the_trial(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
+    """4 bits are deployed in an int8 container, so they run as 8."""
+    plan = CompressionPlan(quantize=Quantization(bits={"conv2": 4}))
+    with pytest.raises(TrialError, match="conv2 was to run in 4 bits and runs in 8"):
+        Evaluator(problem, baseline, list(LAYERS)).evaluate(plan, tmp_path / "trial", seed=0)
+
+
+def test_another_teacher_teaches(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
+    plan = CompressionPlan(finetune=Finetuning(learning_rate=1e-3, distillation_weight=1.0))
+    other = replace(problem, teacher=ModelSource("tests.nets:PlainCNN"))
+    torch.manual_seed(1)
+    for name, known in (("own", problem), ("other", other)):
+        Evaluator(known, baseline, list(LAYERS)).evaluate(plan, tmp_path / name, seed=0)
+    weights = [load_file(tmp_path / name / WEIGHTS)["fc2.weight"] for name in ("own", "other")]
+    assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["changed", "missing"])
+def test_tampering_is_noticed(small: Trial, tmp_path: Path, name: str, harm: str) -> None:
+    for file in small.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    artifact.verify_files(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content) if harm == "changed" else (tmp_path / name).unlink()
+    with pytest.raises(ParetuneError, match=f"{name} must have the SHA-256"):
+        artifact.verify_files(tmp_path)
+
+
+def test_folders_without_a_card_are_no_artifacts(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"must be a folder with a card\.json"):
+        Card.read(tmp_path)
+
+
+def test_cards_of_other_schemas_are_refused(small: Trial, tmp_path: Path) -> None:
+    data = json.loads((small.folder / CARD).read_text())
+    assert data["schema"] == 1
+    (tmp_path / CARD).write_text(json.dumps(data | {"schema": 2}))
+    with pytest.raises(JobError, match="must have schema 1"):
+        Card.read(tmp_path)
+
+
+def test_baseline(baseline: Baseline, problem: Problem, trained: torch.nn.Module) -> None:
+    measured = baseline.measurement
+    assert baseline.float_bits == 32
+    assert measured.is_finite()
+    assert 0 < measured.latency_low_ms <= measured.latency_ms <= measured.latency_high_ms
+    assert measured.params == problem.analyse().params
+    validation = problem.splits.validation
+    assert isinstance(validation.inputs, Tensor)
+    with torch.no_grad():
+        accuracy = problem.task.metric(trained(validation.inputs), validation.targets)
+    assert measured.accuracy == pytest.approx(accuracy, abs=0.005)
+    assert baseline.to_dict() == {"format": "f32", "validation": measured.to_dict()}
+    assert Card.read(baseline.folder).plan_hash == CompressionPlan().hash
+    assert probe_difference(baseline.folder) == 0.0
+    assert baseline.session().run(problem.batch()).shape == (8, 10)
+
+
+def test_baseline_picks_among_the_formats_of_the_runtime(problem: Problem, tmp_path: Path) -> None:
+    made = make_baseline(problem, problem.analyse(), tmp_path / "run" / "baseline")
+    assert made.float_bits in get_runtime("openvino").capabilities("cpu").float_bits
+    assert made.to_dict()["format"] == {32: "f32", 16: "bf16"}[made.float_bits]
+    assert probe_difference(made.folder) == 0.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["baseline"]
+
+
+def test_profile(problem: Problem, baseline: Baseline) -> None:
+    shares = profile_layers(problem, baseline)
+    layers = {name: shares[name] for name in LAYERS}
+    assert layers["conv1"] > 0
+    assert layers["conv2"] > 0
+    assert sum(layers.values()) <= 1.2, "medians of shares, which needn't add up exactly"
+    assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_verification_scores_both_splits_and_rewrites_the_cards(
+    evaluator: Evaluator, problem: Problem, baseline: Baseline, small: Trial, dense: Trial, tmp_path: Path
+) -> None:
+    trials = (small, dense)
+    originals = (baseline.folder, small.folder, dense.folder)
+    folders = [shutil.copytree(original, tmp_path / original.name) for original in originals]
+    found = evaluator.verify(folders, rounds=2)
+    assert [verified.folder for verified in found] == folders
+    for verified in found:
+        card = Card.read(verified.folder)
+        assert card.metrics == {"validation": verified.validation.to_dict(), "test": verified.test.to_dict()}
+        outputs = artifact_outputs(
+            get_runtime("openvino"), verified.folder / MODEL, LoadOptions(1), problem.splits.test
+        )
+        assert verified.test.accuracy == problem.task.metric(outputs, problem.splits.test.targets)
+        assert verified.test.latency_low_ms <= verified.test.latency_ms <= verified.test.latency_high_ms
+        assert replace(verified.test, accuracy=0.0) == replace(verified.validation, accuracy=0.0)
+        assert verified.test.is_finite()
+        artifact.verify_files(verified.folder)
+    for trial, verified in zip(trials, found[1:], strict=True):
+        assert verified.validation.accuracy == trial.record.measurement.accuracy, "scoring again finds the same"
+        before = Card.read(trial.folder)
+        assert replace(Card.read(verified.folder), metrics=before.metrics) == before
+
+
+def test_stopwatch_adds_up() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch.phase("train"):
+            first = watch.seconds.get("train", 0.0)
+    assert watch.seconds["train"] > first >= 0
+    with pytest.raises(ZeroDivisionError), watch.phase("score"):
+        raise ZeroDivisionError
+    assert watch.seconds.keys() == {"train", "score"}

@@ -1,0 +1,236 @@
+"""The command line as a user meets it: real commands, from `init` to an exported model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import paretune
+from paretune.cli import main
+
+SMALL = ["-o", "search.trials=5", "-o", "search.workers=2", "-o", "finetune.epochs=0.5", "-o", "verify.rounds=1"]
+
+
+def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from paretune.cli import main; main()"]
+    return subprocess.run(
+        [*program, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+class Done(NamedTuple):
+    """What a command left: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The same command line within this process, which has torch loaded already."""
+
+    def run_here(*arguments: str | Path, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        # Each command would have a process of its own, and every example project has a module of this name.
+        monkeypatch.delitem(sys.modules, "project", raising=False)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", ["paretune", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capfd.readouterr())
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `paretune init` wrote, with the example model trained."""
+    folder = tmp_path_factory.mktemp("cli")
+    made = command("init", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.split() == ["job.yaml", "project.py", "job.schema.json"]
+    subprocess.run([sys.executable, "project.py"], cwd=folder, check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(project: Path) -> Path:
+    """The run of the example job, few and short trials."""
+    done = command("run", "job.yaml", *SMALL, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "verified front" in done.stdout
+    assert done.stderr.count("\ntrial ") == 5
+    return project / "results" / "digits"
+
+
+def test_version(cli: Cli, tmp_path: Path) -> None:
+    assert cli("--version", cwd=tmp_path).stdout.strip() == paretune.__version__
+
+
+def test_help_names_every_command(cli: Cli, tmp_path: Path) -> None:
+    text = cli("--help", cwd=tmp_path).stdout
+    for name in ("demo", "init", "check", "run", "resume", "show", "report", "export"):
+        assert f" {name} " in text
+
+
+def test_init_overwrites_nothing(cli: Cli, project: Path) -> None:
+    before = (project / "job.yaml").read_text()
+    again = cli("init", cwd=project)
+    assert again.returncode == 2
+    assert "job.yaml" in again.stderr
+    assert (project / "job.yaml").read_text() == before
+
+
+def test_check_prints_what_it_found(cli: Cli, project: Path) -> None:
+    text = cli("check", "job.yaml", cwd=project).stdout
+    assert "it is the output layer" in text
+    assert "baseline: accuracy" in text
+    assert "s a trial" in text
+
+
+def test_check_as_json(cli: Cli, project: Path) -> None:
+    data = json.loads(cli("check", "job.yaml", "--json", cwd=project).stdout)
+    assert [group["channels"] for group in data["analysis"]["groups"]] == [32, 64, 128]
+    assert data["estimate"]["trial_seconds"] > 0
+    assert data["estimate"]["bytes"] == 60 * data["estimate"]["trial_bytes"]
+    assert not (project / "results" / "check").exists()
+
+
+def test_show(cli: Cli, run: Path) -> None:
+    text = cli("show", run, cwd=run).stdout
+    front = json.loads((run / "front.json").read_text())
+    assert all(str(point["trial"]) in text for point in front["points"])
+    assert json.loads(cli("show", run, "--json", cwd=run).stdout) == front
+
+
+def test_report_is_written_anew(cli: Cli, run: Path) -> None:
+    (run / "report.html").unlink()
+    (run / "trials.csv").unlink()
+    done = cli("report", run, cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).samefile(run / "report.html")
+    assert (run / "trials.csv").read_text().count("\n") == 6
+
+
+def test_exported_model_runs_without_paretune(cli: Cli, run: Path, tmp_path: Path) -> None:
+    done = cli("export", run, "--knee", "--output", tmp_path / "model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "equal bit for bit" in done.stderr
+    program = (tmp_path / "model" / "run.py").read_text()
+    assert "paretune" not in program.replace("nothing of paretune", "")
+    # -I leaves out the working directory and the user's site, so that only installed packages count.
+    checked = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "model" / "run.py")], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.startswith("ok: ")
+
+
+def test_export_refuses_an_artifact_that_was_changed(cli: Cli, run: Path, tmp_path: Path) -> None:
+    point = json.loads((run / "front.json").read_text())["points"][0]
+    weights = run / point["artifact"] / "weights.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        done = cli("export", run, "--trial", str(point["trial"]), "--output", tmp_path / "m", cwd=tmp_path)
+    finally:
+        weights.write_bytes(original)
+    assert done.returncode == 1
+    assert "SHA-256" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "exactly one rule", id="no rule"),
+        pytest.param(["--knee", "--trial", "0"], "exactly one rule", id="two rules"),
+        pytest.param(["--max-latency-ms", "0.000001"], "--max-latency-ms must be at least", id="too fast"),
+        pytest.param(["--min-accuracy", "2"], "--min-accuracy must be at most", id="too accurate"),
+        pytest.param(["--trial", "99"], "--trial must be a trial with an artifact", id="no such trial"),
+    ],
+)
+def test_export_needs_a_rule_that_fits(cli: Cli, run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = cli("export", run, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "exports").exists()
+
+
+def test_export_picks_by_latency_and_accuracy(cli: Cli, run: Path, tmp_path: Path) -> None:
+    points = json.loads((run / "front.json").read_text())["points"]
+    slowest = max(points, key=lambda point: point["validation"]["latency_ms"])
+    fastest = min(points, key=lambda point: point["validation"]["latency_ms"])
+    limit = str(slowest["validation"]["latency_ms"])
+    done = cli("export", run, "--max-latency-ms", limit, "--output", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    best = max(points, key=lambda point: point["validation"]["accuracy"])
+    assert json.loads((tmp_path / "a" / "card.json").read_text())["plan_hash"] == best["plan_hash"]
+    assert cli("export", run, "--min-accuracy", "0", "--output", "b", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "b" / "card.json").read_text())["plan_hash"] == fastest["plan_hash"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["check", "missing.yaml"], "missing.yaml", id="no such job"),
+        pytest.param(["show", "."], "front.json", id="not a run"),
+        pytest.param(["resume", "."], "job.yaml", id="nothing to resume"),
+        pytest.param(["frobnicate"], "frobnicate", id="no such command"),
+        pytest.param(["check"], "JOB", id="no argument"),
+    ],
+)
+def test_wrong_use_exits_with_2(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = cli(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        pytest.param("serach.trials=5", "search", id="unknown section"),
+        pytest.param("search.trails=5", "trials", id="unknown key"),
+        pytest.param("space.max_ratio=1.2", "space.max_ratio", id="ratio out of range"),
+        pytest.param("space.bits=[4]", "space.bits must be widths that the runtime", id="width not executed"),
+        pytest.param("model.factory=project:biuld", "build", id="import string that fails"),
+        pytest.param("target.runtime=openvno", "openvino", id="unknown runtime"),
+    ],
+)
+def test_a_wrong_job_exits_with_2_before_anything_is_spent(
+    cli: Cli, project: Path, override: str, message: str
+) -> None:
+    done = cli("run", "job.yaml", "-o", override, "-o", "name=wrong", cwd=project)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / "results" / "wrong").exists()
+
+
+def test_a_run_that_exists_is_left_alone(cli: Cli, run: Path, project: Path) -> None:
+    before = (run / "front.json").stat().st_mtime_ns
+    done = cli("run", "job.yaml", *SMALL, cwd=project)
+    assert done.returncode == 2
+    assert "paretune resume" in done.stderr
+    assert (run / "front.json").stat().st_mtime_ns == before
+
+
+def test_nothing_feasible_exits_with_1(cli: Cli, project: Path) -> None:
+    bound = 'constraints=["latency_ms <= 0.000001"]'
+    done = cli("run", "job.yaml", *SMALL, "-o", "search.trials=2", "-o", bound, "-o", "name=tight", cwd=project)
+    assert done.returncode == 1
+    assert "latency_ms <= 1e-06" in done.stderr
+    assert (project / "results" / "tight" / "trials.csv").is_file()
