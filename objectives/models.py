@@ -30,11 +30,13 @@ class ModelSource:
             copied).
         args: The factory's keyword arguments.
         weights: A state dictionary, ``.safetensors`` or ``.pt``/``.pth``; None keeps what the factory gives.
+        key: What messages call it: the job's key.
     """
 
     factory: str | Callable[..., nn.Module] | nn.Module
     args: Mapping[str, Any] = field(default_factory=dict)
     weights: Path | None = None
+    key: str = "model"
 
     def build(self) -> nn.Module:
         """Build the model on the CPU, with its weights, in evaluation mode.
@@ -43,12 +45,16 @@ class ModelSource:
             JobError: The factory can't be imported or fails, doesn't return a module, or the weights don't
                 fit it.
         """
-        model = self._construct()
-        if not isinstance(model, nn.Module):
-            remedy = "return a torch.nn.Module from it"
-            raise JobError("model.factory", "must return a torch.nn.Module", type(model).__name__, remedy)
-        if self.weights is not None:
-            _load_into(model, Path(self.weights))
+        try:
+            model = self._construct()
+            if not isinstance(model, nn.Module):
+                remedy = "return a torch.nn.Module from it"
+                raise JobError("model.factory", "must return a torch.nn.Module", type(model).__name__, remedy)
+            if self.weights is not None:
+                _load_into(model, Path(self.weights))
+        except JobError as error:
+            where = error.where.replace("model", self.key, 1)
+            raise JobError(where, error.rule, error.got, error.remedy) from error
         return model.eval()
 
     def _construct(self) -> Any:

@@ -36,8 +36,8 @@ class Executor(ABC):
     free: int
 
     @abstractmethod
-    def submit(self, number: int, request: Request) -> None:
-        """Begin a request; `number` names it in its outcome."""
+    def submit(self, number: int, request: Request, *, deadline: float) -> None:
+        """Begin a request; `number` names it in its outcome. It is stopped after `deadline` seconds."""
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Outcome]:

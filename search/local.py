@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -21,6 +22,9 @@ from paretune.search.executor import Executor, Outcome
 from paretune.search.job import Job
 from paretune.search.requests import Request
 
+_START_SECONDS = 600.0
+"""A worker that takes longer to load the model and the data hangs; a trial's own deadline begins after that."""
+
 _START_LIMIT = 3
 """So many workers in a row may die before they are ready; then the search ends."""
 
@@ -38,20 +42,18 @@ class LocalExecutor(Executor):
         job: What each worker loads.
         run: The run folder; the workers' output is appended to its `workers.log`.
         workers: How many, at least 1. Each trains with its share of the cores.
-        deadline: Seconds after which a request is stopped.
     """
 
-    def __init__(self, job: Job, run: Path, *, workers: int, deadline: float) -> None:
+    def __init__(self, job: Job, run: Path, *, workers: int) -> None:
         self.free = workers
         self._setup = cloudpickle.dumps((job, run))
         self._log = run / "workers.log"
         self._threads = max(1, cores() // workers)
-        self._deadline = deadline
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._size = workers
 
-    def submit(self, number: int, request: Request) -> None:
+    def submit(self, number: int, request: Request, *, deadline: float) -> None:
         for dead in [worker for worker in self._workers if worker.is_dead()]:
             self._workers.remove(dead)
             dead.kill()
@@ -59,7 +61,7 @@ class LocalExecutor(Executor):
         if worker is None:
             worker = _Worker.start(self._setup, self._log, self._threads)
             self._workers.append(worker)
-        worker.begin(number, request)
+        worker.begin(number, request, deadline)
         self.free -= 1
 
     def wait(self, timeout: float) -> list[Outcome]:
@@ -67,7 +69,7 @@ class LocalExecutor(Executor):
         outcomes: list[Outcome] = []
         while not outcomes:
             busy = {worker.connection: worker for worker in self._workers if worker.number is not None}
-            limits = [end, *(worker.started + self._deadline for worker in busy.values())]
+            limits = [end, *(worker.limit for worker in busy.values())]
             pause = max(0.0, min(limits) - time.monotonic())
             for ready in wait(list(busy), timeout=pause):
                 outcomes += self._receive(busy[ready])  # type: ignore[index]
@@ -92,7 +94,7 @@ class LocalExecutor(Executor):
         if message == "ready":
             self._failed_starts = 0
             worker.is_ready = True
-            worker.started = time.monotonic()
+            worker.limit = time.monotonic() + worker.deadline
             return []
         worker.number = None
         result, error, details = message
@@ -104,22 +106,26 @@ class LocalExecutor(Executor):
         if not worker.is_ready:
             self._failed_starts += 1
             if self._failed_starts >= _START_LIMIT:
+                said = self._log.read_text(errors="replace").strip().splitlines()
                 raise SearchError(
                     f"workers must start, but {_START_LIMIT} in a row died (exit code {code}); see {self._log}"
+                    + (f", which ends with: {said[-1]}" if said else "")
                 )
         cause = f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; perhaps the machine ran out of memory" if code == -signal.SIGKILL else ""
         return Outcome(number, error=f"the worker process died ({cause}{hint})", details=f"see {self._log.name}")
 
     def _overdue(self, worker: _Worker) -> bool:
-        return worker.number is not None and time.monotonic() >= worker.started + self._deadline
+        return worker.number is not None and time.monotonic() >= worker.limit
 
     def _kill(self, worker: _Worker) -> Outcome:
         number = worker.number
         assert number is not None
         self._workers.remove(worker)
         worker.kill()
-        return Outcome(number, error=f"it overran its deadline of {self._deadline:g} s (search.trial_timeout)")
+        if not worker.is_ready:
+            return Outcome(number, error=f"its worker didn't start within {_START_SECONDS:g} s; see {self._log.name}")
+        return Outcome(number, error=f"it overran its deadline of {worker.deadline:g} s (search.trial_timeout)")
 
 
 @dataclass
@@ -128,7 +134,8 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
-    started: float
+    limit: float = math.inf
+    deadline: float = math.inf
     number: int | None = None
     is_ready: bool = False
 
@@ -148,7 +155,7 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C in the terminal is for the search, which then ends its workers
             )
         connection: Connection[Any, Any] = Connection(ours.detach())
-        worker = cls(process, connection, time.monotonic())
+        worker = cls(process, connection)
         # The job may hold objects of modules that only this process knows where to find.
         worker.send(cloudpickle.dumps(sys.path))
         worker.send(setup)
@@ -158,9 +165,10 @@ class _Worker:
         with suppress(OSError):  # it died: whoever reads the connection finds out, and why
             self.connection.send_bytes(message)
 
-    def begin(self, number: int, request: Request) -> None:
+    def begin(self, number: int, request: Request, deadline: float) -> None:
         self.number = number
-        self.started = time.monotonic()
+        self.deadline = deadline
+        self.limit = time.monotonic() + (deadline if self.is_ready else _START_SECONDS)
         self.send(cloudpickle.dumps(request))
 
     def is_dead(self) -> bool:

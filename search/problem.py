@@ -35,20 +35,20 @@ def load_problem(job: Job) -> Problem:
     get_runtime(target.runtime).capabilities(target.device)
     teacher = job.teacher if isinstance(job.teacher, ModelSection) else None
     problem = Problem(
-        model=_source(job.model),
+        model=_source(job.model, "model"),
         splits=load_splits(job.data.source, job.data.args),
         task=load_task(job.task),
         target=target,
         training=TrainOptions(**job.finetune.model_dump()),
-        teacher=_source(teacher) if teacher else None,
+        teacher=_source(teacher, "teacher") if teacher else None,
         exclude=tuple(job.space.exclude),
     )
     problem.check()
     return problem
 
 
-def _source(section: ModelSection) -> ModelSource:
-    return ModelSource(section.factory, section.args, Path(section.weights) if section.weights else None)
+def _source(section: ModelSection, key: str) -> ModelSource:
+    return ModelSource(section.factory, section.args, Path(section.weights) if section.weights else None, key)
 
 
 def load_evaluator(job: Job, run: Path) -> Evaluator:

@@ -140,18 +140,18 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
     _enqueue(job, study, space)
-    executor = LocalExecutor(job, folder, workers=job.search.workers, deadline=job.search.trial_timeout)
+    executor = LocalExecutor(job, folder, workers=job.search.workers)
     with _sigterm_raises():
         try:
             _trials(job, folder, study, executor, metric, report)
+            if not candidates(study):
+                raise SearchError(_why_nothing(study))
+            verify_front(job, folder, study, executor, metric, report)
         finally:
             executor.close()
             for unfinished in folder.glob("trials/*/.unfinished-*"):  # of workers that were killed
                 shutil.rmtree(unfinished)
             write_trials(folder, study.rows())
-        if not candidates(study):
-            raise SearchError(_why_nothing(study))
-        verify_front(job, folder, study, metric, report)
     write_report(folder)
     report(f"report: {folder / 'report.html'}")
     if not read_front(folder)["points"]:
@@ -198,7 +198,7 @@ def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metr
             proposal = study.propose()
             begun += 1
             running[proposal.number] = proposal
-            executor.submit(proposal.number, _request(job, folder, proposal))
+            executor.submit(proposal.number, _request(job, folder, proposal), deadline=job.search.trial_timeout)
         if not running:
             return
         for outcome in executor.wait(_POLL):

@@ -15,11 +15,13 @@ from paretune.search.results import candidates, write_front
 from paretune.search.study import SearchStudy, TrialRow
 
 
-def verify_front(job: Job, run: Path, study: SearchStudy, metric: str, report: Callable[[str], None]) -> None:
+def verify_front(
+    job: Job, run: Path, study: SearchStudy, executor: Executor, metric: str, report: Callable[[str], None]
+) -> None:
     """Verify the front's members and write the verified `front.json`.
 
     Each member is fine-tuned anew for `verify.epochs`; of its two artifacts the one with the better validation accuracy
-    stays. All are then measured together, and scored, by a process that did nothing else.
+    stays. The executor is then closed, and a process that did nothing else measures all together and scores them.
 
     Raises:
         SearchError: The measuring failed.
@@ -29,20 +31,18 @@ def verify_front(job: Job, run: Path, study: SearchStudy, metric: str, report: C
     artifacts = {row.number: run / "trials" / str(row.number) / "artifact" for row in members}
     epochs = job.verify.epochs or 2 * job.finetune.epochs
     deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
-    executor = LocalExecutor(job, run, workers=job.search.workers, deadline=deadline)
-    try:
-        for outcome in _run_all(executor, [_longer(run, row, job.search.seed, epochs) for row in members]):
-            row = next(row for row in members if row.number == outcome.number)
-            if outcome.error:
-                report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
-            elif outcome.result.measurement.accuracy >= row.measurement.accuracy:
-                artifacts[row.number] = run / "trials" / str(row.number) / "verified"
-    finally:
-        executor.close()
-    fresh = LocalExecutor(job, run, workers=1, deadline=deadline * (1 + len(members)))
+    requests = [_longer(run, row, job.search.seed, epochs) for row in members]
+    for outcome in _run_all(executor, requests, deadline):
+        row = next(row for row in members if row.number == outcome.number)
+        if outcome.error:
+            report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
+        elif outcome.result.measurement.accuracy >= row.measurement.accuracy:
+            artifacts[row.number] = run / "trials" / str(row.number) / "verified"
+    executor.close()
+    fresh = LocalExecutor(job, run, workers=1)
     try:
         folders = [run / BASELINE, *artifacts.values()]
-        (outcome,) = _run_all(fresh, [(0, Verify(folders, job.verify.rounds))])
+        (outcome,) = _run_all(fresh, [(0, Verify(folders, job.verify.rounds))], deadline * (1 + len(members)))
     finally:
         fresh.close()
     if outcome.error:
@@ -56,12 +56,13 @@ def _longer(run: Path, row: TrialRow, seed: int, epochs: float) -> tuple[int, Ev
     return row.number, Evaluate(row.plan, run / "trials" / str(row.number) / "verified", seed, epochs)
 
 
-def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify]]) -> list[Outcome]:
+def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify]], deadline: float) -> list[Outcome]:
     waiting = list(requests)
     outcomes: list[Outcome] = []
     while len(outcomes) < len(requests):
         while waiting and executor.free > 0:
-            executor.submit(*waiting.pop(0))
+            number, request = waiting.pop(0)
+            executor.submit(number, request, deadline=deadline)
         outcomes += executor.wait(1.0)
     return outcomes
 

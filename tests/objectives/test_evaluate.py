@@ -19,7 +19,7 @@ from torch import Tensor
 from paretune.errors import JobError, ParetuneError, TrialError
 from paretune.objectives import artifact
 from paretune.objectives.artifact import CARD, FILES, MODEL, PLAN, WEIGHTS, Card, load_module, probe_difference
-from paretune.objectives.baseline import Baseline, make_baseline, profile_layers
+from paretune.objectives.baseline import Baseline, make_baseline, probe_widths, profile, profile_layers
 from paretune.objectives.data import call
 from paretune.objectives.evaluate import Evaluator, Stopwatch
 from paretune.objectives.measurement import Measurement, Record
@@ -256,6 +256,17 @@ def test_profile(problem: Problem, baseline: Baseline) -> None:
     assert layers["conv2"] > 0
     assert sum(layers.values()) <= 1.2, "medians of shares, which needn't add up exactly"
     assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_probed_widths_are_those_that_the_runtime_executes(problem: Problem, baseline: Baseline) -> None:
+    analysis = problem.analyse()
+    executed = get_runtime("openvino").capabilities("cpu").integer_bits
+    probed = probe_widths(problem, analysis, 32)
+    assert probed == {layer.name: (32, *executed[layer.kind]) for layer in analysis.layers}
+    known = profile(problem, baseline, analysis)
+    assert known.widths == probed
+    assert set(LAYERS) <= known.latency_share.keys()
+    assert replace(known, widths={}, latency_share={}) == analysis
 
 
 def test_verification_scores_both_splits_and_rewrites_the_cards(

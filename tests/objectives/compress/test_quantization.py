@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,3 +156,31 @@ def test_insert_and_freeze() -> None:
     model(nets.image(2, 1))
     freeze_quantizers(model)
     assert not any(module.calibrating for module in model.modules() if isinstance(module, QuantizedLayer))
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        pytest.param(nn.Conv1d(8, 4, 1, stride=2), nets.sequence().transpose(1, 2), id="Conv1d"),
+        pytest.param(nn.Conv2d(3, 4, 1, stride=2), nets.image(), id="Conv2d"),
+        pytest.param(nn.Conv2d(3, 4, 1, stride=(1, 3), bias=False), nets.image(), id="uneven stride"),
+        pytest.param(nn.Conv3d(1, 4, 1, stride=2), nets.image().unsqueeze(1), id="Conv3d"),
+        pytest.param(nn.Conv2d(3, 4, 1, stride=2, padding=1), nets.image(), id="padded"),
+        pytest.param(nn.Conv2d(3, 3, 1, stride=2, groups=3), nets.image(), id="depthwise"),
+        pytest.param(nn.Conv2d(3, 4, 3, stride=2), nets.image(), id="not pointwise"),
+    ],
+)
+def test_strided_convolutions_compute_the_same(layer: nn.Module, inputs: Tensor) -> None:
+    """Where only some positions are read, they are taken first; the result must not show it."""
+    quantized = frozen(layer, inputs)
+    q = torch.fake_quantize_per_tensor_affine(inputs, quantized.scale, quantized.zero_point, 0, 255)
+    reference = copy.deepcopy(layer)
+    reference.weight.data = torch.fake_quantize_per_channel_affine(
+        layer.weight.data,  # type: ignore[arg-type]
+        quantized.weight_scale,
+        quantized.weight_zero_point,
+        0,
+        -128,
+        127,
+    )
+    torch.testing.assert_close(quantized(inputs), reference(q), atol=1e-5, rtol=1e-5)
