@@ -93,7 +93,7 @@ def train(epochs: int = 10) -> None:
         print(
             f"epoch {epoch + 1}: validation accuracy {task.metric(outputs, splits.validation.targets):.4f}", flush=True
         )
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
+    save_file(model.state_dict(), WEIGHTS)
     print(f"saved {WEIGHTS}")
 
 

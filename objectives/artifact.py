@@ -105,7 +105,7 @@ def save_artifact(
         validation: Its measurement.
     """
     (folder / PLAN).write_text(plan.to_json() + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS)
+    save_file(module.state_dict(), folder / WEIGHTS)
     inputs = problem.batch()
     save_arrays({**inputs, _OUTPUT: session.run(inputs)}, folder / PROBE)
     files = {name: sha256(folder / name) for name in FILES}

@@ -161,6 +161,7 @@ def fit(
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
         optimizer.step()
         training.after_step()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it came
     model.eval()
 
 

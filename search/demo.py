@@ -62,7 +62,7 @@ def demo_job(folder: Path, *, trials: int, report: Callable[[str], None]) -> Job
             "model": {"factory": f"{__name__}:build_model", "weights": str(weights)},
             "data": "digits",
             "finetune": {"epochs": 3.0, "batch_size": 64},
-            "target": {"batch_size": 32},
+            "target": {"batch_size": 64},
             "search": {"trials": trials, "workers": 2},
             "results": str(folder),
         }

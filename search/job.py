@@ -221,7 +221,7 @@ class VerifySection(Section):
     )
     rounds: int = Field(default=3, ge=1, description="Separate rounds in which the points are measured together.")
     points: Annotated[int, Field(ge=1)] | None = Field(
-        default=12, description="How many points of the front are verified, spread over it; null: all."
+        default=12, description="How many plans are verified: the front, then the next best; null: all of the front."
     )
 
 

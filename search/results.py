@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,14 @@ _METRICS = (
 )
 
 
-def candidates(study: SearchStudy) -> list[TrialRow]:
-    """The front of the search so far, fastest first: feasible trials that no other one beats on validation."""
-    rows = [row for row in study.rows() if row.feasible]
+def candidates(study: SearchStudy, *, without: Container[int] = ()) -> list[TrialRow]:
+    """The front of the search so far, fastest first: feasible trials that no other one beats on validation.
+
+    Args:
+        study: The trials.
+        without: Numbers of trials to leave out; what is left has a front of its own.
+    """
+    rows = [row for row in study.rows() if row.feasible and row.number not in without]
     front = pareto_front([row.measurement.to_dict() for row in rows], study.objectives)
     return [rows[i] for i in front]
 

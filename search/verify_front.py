@@ -20,14 +20,14 @@ def verify_front(
 ) -> None:
     """Verify the front's members and write the verified `front.json`.
 
-    Each member is fine-tuned anew for `verify.epochs`; of its two artifacts the one with the better validation accuracy
+    The plans just behind the front are verified with it, as far as `verify.points` allows. Each is fine-tuned anew for `verify.epochs`; of its two artifacts the one with the better validation accuracy
     stays. The executor is then closed, and a process that did nothing else measures all together and scores them.
 
     Raises:
         SearchError: The measuring failed.
     """
-    members = _spread(candidates(study), job.verify.points)
-    report(f"verifying {len(members)} points of the front")
+    members = _members(study, job.verify.points)
+    report(f"verifying {len(members)} plans: the front and the next best")
     artifacts = {row.number: run / "trials" / str(row.number) / "artifact" for row in members}
     epochs = job.verify.epochs or 2 * job.finetune.epochs
     deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
@@ -65,6 +65,20 @@ def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify
             executor.submit(number, request, deadline=deadline)
         outcomes += executor.wait(1.0)
     return outcomes
+
+
+def _members(study: SearchStudy, limit: int | None) -> list[TrialRow]:
+    """The front and, as far as `limit` allows, the fronts behind it.
+
+    Short trainings rank plans roughly: a plan just behind the front may be on it when all are trained longer.
+    """
+    members = _spread(candidates(study), limit)
+    while limit is not None and len(members) < limit:
+        behind = candidates(study, without={row.number for row in members})
+        if not behind:
+            break
+        members += _spread(behind, limit - len(members))
+    return sorted(members, key=lambda row: row.measurement.latency_ms)
 
 
 def _spread(front: Sequence[TrialRow], limit: int | None) -> list[TrialRow]:
