@@ -30,7 +30,7 @@ class Protocol:
     warmup_seconds: float = 0.1
     min_calls: int = 100
     max_calls: int = 1000
-    max_seconds: float = 1.0
+    max_seconds: float = 0.5
     width: float = 0.01
     resamples: int = 200
     level: float = 0.95

@@ -34,9 +34,14 @@ def candidates(study: SearchStudy, *, without: Container[int] = ()) -> list[Tria
         study: The trials.
         without: Numbers of trials to leave out; what is left has a front of its own.
     """
-    rows = [row for row in study.rows() if row.feasible and row.number not in without]
-    front = pareto_front([row.measurement.to_dict() for row in rows], study.objectives)
-    return [rows[i] for i in front]
+    return front_of(study.rows(), study.objectives, without=without)
+
+
+def front_of(rows: Sequence[TrialRow], objectives: Sequence[str], *, without: Container[int] = ()) -> list[TrialRow]:
+    """The same for trials that were read already."""
+    feasible_rows = [row for row in rows if row.feasible and row.number not in without]
+    front = pareto_front([row.measurement.to_dict() for row in feasible_rows], objectives)
+    return [feasible_rows[i] for i in front]
 
 
 def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[int, Verified] | None = None) -> None:
@@ -51,7 +56,8 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
     """
     rows = {row.number: row for row in study.rows()}
     if verified is None:
-        points = [_point(run, row, run / "trials" / str(row.number) / "artifact") for row in candidates(study)]
+        members = front_of(list(rows.values()), study.objectives)
+        points = [_point(run, row, run / "trials" / str(row.number) / "artifact") for row in members]
     else:
         good = {n: v for n, v in verified.items() if feasible(v.validation.to_dict(), study.constraints)}
         order = list(good)

@@ -42,7 +42,9 @@ class UniformSampler(BaseSampler):
 
 SAMPLERS: Mapping[str, Callable[[SearchSpace, int], BaseSampler]] = MappingProxyType(
     {
-        "tpe": lambda space, seed: TPESampler(seed=seed),
+        # Jointly: one look at the finished trials a proposal instead of one for each of some forty parameters, which
+        # took 200 ms at 64 trials instead of 40.
+        "tpe": lambda space, seed: TPESampler(seed=seed, multivariate=True),
         "nsga2": lambda space, seed: NSGAIISampler(seed=seed),
         "gp": lambda space, seed: GPSampler(seed=seed),
         "random": lambda space, seed: RandomSampler(seed=seed),

@@ -24,6 +24,8 @@ from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
 _SOURCE, _PLAN, _RECORD, _ERROR = "source", "plan", "record", "error"
+_SAMPLER = "sampler"
+"""The source of trials that carry none: most, and each attribute is a transaction."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,7 @@ class SearchStudy:
         """Ask for the next plan; its trial is running from now on."""
         trial = self._study.ask(self._distributions)
         plan = self.space.to_plan(trial.params)
-        source = trial.user_attrs.get(_SOURCE)
-        if source is None:
-            source = "sampler"
-            trial.set_user_attr(_SOURCE, source)
+        source = str(trial.user_attrs.get(_SOURCE, _SAMPLER))
         trial.set_user_attr(_PLAN, plan.to_dict())
         self._running[trial.number] = trial
         return Proposal(trial.number, plan, source)
@@ -162,7 +161,7 @@ class TrialRow:
     @property
     def source(self) -> str:
         """Who proposed it: dense, uniform, enqueued, retry or sampler."""
-        return str(self.trial.user_attrs.get(_SOURCE, "sampler"))
+        return str(self.trial.user_attrs.get(_SOURCE, _SAMPLER))
 
     @property
     def measurement(self) -> Measurement:

@@ -20,8 +20,9 @@ def verify_front(
 ) -> None:
     """Verify the front's members and write the verified `front.json`.
 
-    The plans just behind the front are verified with it, as far as `verify.points` allows. Each is fine-tuned anew for `verify.epochs`; of its two artifacts the one with the better validation accuracy
-    stays. The executor is then closed, and a process that did nothing else measures all together and scores them.
+    The plans just behind the front are verified with it, as far as `verify.points` allows. Each is fine-tuned anew for
+    `verify.epochs`; of its two artifacts the one with the better validation accuracy stays. The executor is then
+    closed, and a process that did nothing else measures all together and scores them.
 
     Raises:
         SearchError: The measuring failed.
