@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from paretune.objectives.artifact import MODEL, Card, load_session, write_card
 from paretune.objectives.data.splits import Split
 from paretune.objectives.device import Device
@@ -15,7 +17,8 @@ from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, get_runtime
 from paretune.objectives.scoring import artifact_outputs
 
-ROUND = Protocol(warmup_seconds=0.05, max_calls=300)
+ROUND = Protocol(warmup_seconds=0.05, max_calls=100)
+"""One artifact in one round: as many calls for each."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Verified:
 def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
     """Measure artifacts against the baseline, round by round, and score them on validation and test.
 
-    Each round measures every artifact once, so that a drift of the machine meets all alike. A reported latency is the
-    median of the rounds' medians, its interval reaches over the intervals of all rounds. The cards are rewritten.
+    Each round measures every artifact once, paired with the baseline. What is reported rests on the rounds' speed-ups:
+    their median, and the baseline's median latency over all rounds divided by it, so that a drift of the machine
+    between two artifacts cancels; intervals are bootstrapped over the rounds. The cards are rewritten.
 
     Args:
         problem: Data, task and target.
@@ -47,19 +51,22 @@ def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds:
         for _ in range(rounds):
             for call, latencies in zip(calls, measured, strict=True):
                 latencies.append(measure_paired(call, reference, ROUND))
-    return [_verified(problem, folder, latencies) for folder, latencies in zip(folders, measured, strict=True)]
+    reference_ms = float(np.median([latency.baseline_ms for latencies in measured for latency in latencies]))
+    return [
+        _verified(problem, folder, reference_ms, [latency.speedup for latency in latencies])
+        for folder, latencies in zip(folders, measured, strict=True)
+    ]
 
 
-def _verified(problem: Problem, folder: Path, latencies: Sequence[Latency]) -> Verified:
+def _verified(problem: Problem, folder: Path, reference_ms: float, speedups: Sequence[float]) -> Verified:
     card = Card.read(folder)
-    middle = sorted(latencies, key=lambda latency: latency.median_ms)[len(latencies) // 2]
-    speedups = sorted(latency.speedup for latency in latencies)
+    speedup, slow, fast = median_over_rounds(speedups)
     known = replace(
         Measurement(**card.metrics["validation"]),
-        latency_ms=middle.median_ms,
-        latency_low_ms=min(latency.low_ms for latency in latencies),
-        latency_high_ms=max(latency.high_ms for latency in latencies),
-        speedup=speedups[len(speedups) // 2],
+        latency_ms=reference_ms / speedup,
+        latency_low_ms=reference_ms / fast,
+        latency_high_ms=reference_ms / slow,
+        speedup=speedup,
     )
     splits = problem.splits
     validation = replace(known, accuracy=_score(problem, folder, card, splits.validation))
@@ -67,6 +74,14 @@ def _verified(problem: Problem, folder: Path, latencies: Sequence[Latency]) -> V
     metrics = {"validation": validation.to_dict(), "test": test.to_dict()}
     write_card(folder, replace(card, metrics=metrics))
     return Verified(folder, validation, test)
+
+
+def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the rounds' values and its 95 % bootstrap interval; with less than 7 rounds the whole range."""
+    rng = np.random.default_rng(0)
+    drawn = np.array(values)[rng.integers(0, len(values), (2000, len(values)))]
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(np.median(values)), float(low), float(high)
 
 
 def _score(problem: Problem, folder: Path, card: Card, split: Split) -> float:

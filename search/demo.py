@@ -16,7 +16,9 @@ from paretune.objectives.tasks import Classification
 from paretune.search.job import Job, make_job
 from paretune.spaces.plan import Finetuning
 
-_EPOCHS = 20
+_EPOCHS = 30
+_DATA = {"train": 0.4}
+"""Few training samples: with more, the smallest nets of the space are as good as the largest."""
 
 
 def build_model() -> nn.Module:
@@ -52,7 +54,7 @@ def demo_job(folder: Path, *, trials: int, report: Callable[[str], None]) -> Job
     report("training a small convolutional net on scikit-learn's digits")
     torch.manual_seed(0)
     model = build_model()
-    training = Training(load_splits("digits"), Classification(), TrainOptions(batch_size=64))
+    training = Training(load_splits("digits", _DATA), Classification(), TrainOptions(batch_size=64))
     steps = training.steps(_EPOCHS)
     fit(model, training, Finetuning(learning_rate=3e-3), training.batches(seed=0), range(steps), steps)
     save_file(model.state_dict(), weights)
@@ -60,7 +62,7 @@ def demo_job(folder: Path, *, trials: int, report: Callable[[str], None]) -> Job
         {
             "name": name,
             "model": {"factory": f"{__name__}:build_model", "weights": str(weights)},
-            "data": "digits",
+            "data": {"source": "digits", "args": _DATA},
             "finetune": {"epochs": 3.0, "batch_size": 64},
             "target": {"batch_size": 64},
             "search": {"trials": trials, "workers": 2},

@@ -219,7 +219,7 @@ class VerifySection(Section):
         default=None,
         description="Passes over the training data for each point, > 0; null: twice finetune.epochs.",
     )
-    rounds: int = Field(default=3, ge=1, description="Separate rounds in which the points are measured together.")
+    rounds: int = Field(default=7, ge=1, description="Separate rounds in which the points are measured together.")
     points: Annotated[int, Field(ge=1)] | None = Field(
         default=12, description="How many plans are verified: the front, then the next best; null: all of the front."
     )

@@ -25,24 +25,30 @@ _FASHION_MEAN, _FASHION_DEVIATION = 0.2860, 0.3530
 _IDX_BYTES = 0x08
 
 
-def digits(seed: int = 0) -> Splits:
-    """Scikit-learn's 1,797 handwritten digits, split 60/20/20 by class.
+def digits(train: float = 0.6, seed: int = 0) -> Splits:
+    """Scikit-learn's 1,797 handwritten digits, split by class.
 
     Args:
+        train: Share of the samples to train on, in [0.1, 0.9]; validation and test get half of the rest each.
         seed: Decides which sample goes where.
 
     Returns:
         Inputs (N, 1, 8, 8) float32 in [0, 1], labels (N,) int64 in [0, 10).
+
+    Raises:
+        JobError: The share is out of range.
     """
+    if not 0.1 <= train <= 0.9:
+        raise JobError("data.args.train", "must be in [0.1, 0.9]", train, "use e.g. 0.6")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     targets = torch.tensor(labels, dtype=torch.int64)
-    train, rest = _stratified(targets, torch.arange(len(targets)), 0.4, seed=seed, where="data")
+    trained, rest = _stratified(targets, torch.arange(len(targets)), 1 - train, seed=seed, where="data")
     validation, test = _stratified(targets, rest, 0.5, seed=seed, where="data")
     return Splits(
-        Split(inputs[train], targets[train]),
+        Split(inputs[trained], targets[trained]),
         Split(inputs[validation], targets[validation]),
         Split(inputs[test], targets[test]),
     )
