@@ -21,6 +21,7 @@ import torch
 
 from paretune.objectives.baseline import make_baseline, profile
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search.job import load_job
 from paretune.search.problem import BASELINE, load_problem, make_job_space
@@ -81,6 +82,12 @@ def _trials(evaluator: Evaluator, space: SearchSpace, run: Path, count: int) -> 
     for name in OUTSIDE:
         _row(name, [record.seconds[name] for record in records])
     _row("all", [sum(record.seconds[name] for name in OUTSIDE) for record in records])
+    ratios = [record.early_latency_ms / record.measurement.latency_ms for record in records]
+    print(
+        f"  latency before training / after: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+    sizes = sum(record.early_size_bytes == record.measurement.size_bytes for record in records)
+    print(f"  same size before training and after: {sizes} of {len(records)}")
     print(f"  noisy measurements: {sum(record.noisy for record in records)} of {len(records)}", file=sys.stdout)
 
 
@@ -91,7 +98,8 @@ def _row(name: str, values: list[float]) -> None:
 def _made_up(rng: random.Random, layers: list[str]) -> Record:
     latency = rng.uniform(1, 10)
     measurement = Measurement(rng.random(), latency, latency * 0.99, latency * 1.01, 10 / latency, 10**6, 10**6, 10**6)
-    return Record(measurement, latency, 10**6, dict.fromkeys(layers, 8), {"train": 10.0})
+    clock = Latency(latency, latency * 0.99, latency * 1.01, latency, 10.0, 10 / latency, 1.0, 10.0, 100)
+    return Record(measurement, latency, 10**6, dict.fromkeys(layers, 8), clock, {"train": 10.0})
 
 
 if __name__ == "__main__":

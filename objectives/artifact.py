@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from paretune.errors import JobError, ParetuneError
@@ -50,6 +50,7 @@ class Card:
     Attributes:
         target: Where it was measured.
         float_bits: Width of all that isn't quantized.
+        settings: The runtime's settings under which it was measured.
         metrics: Its measurement, by split: ``{"validation": {"accuracy": …}}``.
         environment: Versions and hardware of the measurement.
         plan_hash: Canonical hash of the plan.
@@ -58,6 +59,7 @@ class Card:
 
     target: Target
     float_bits: int
+    settings: dict[str, str | int | bool]
     metrics: dict[str, dict[str, Any]]
     environment: dict[str, Any]
     plan_hash: str
@@ -105,12 +107,14 @@ def save_artifact(
         validation: Its measurement.
     """
     (folder / PLAN).write_text(plan.to_json() + "\n")
-    save_file(module.state_dict(), folder / WEIGHTS)
+    save_model(module, str(folder / WEIGHTS))  # shared tensors are stored once
     inputs = problem.batch()
     save_arrays({**inputs, _OUTPUT: session.run(inputs)}, folder / PROBE)
     files = {name: sha256(folder / name) for name in FILES}
     metrics = {"validation": validation.to_dict()}
-    write_card(folder, Card(problem.target, float_bits, metrics, environment(), plan.hash, files))
+    write_card(
+        folder, Card(problem.target, float_bits, dict(session.settings), metrics, environment(), plan.hash, files)
+    )
 
 
 def load_module(folder: Path, problem: Problem) -> nn.Module:
@@ -125,7 +129,7 @@ def load_module(folder: Path, problem: Problem) -> nn.Module:
     plan = CompressionPlan.from_json((folder / PLAN).read_text())
     context = problem.context([])
     module = compress_numerics(compress_structure(problem.model.build(), plan, context), plan, context)
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    load_model(module, folder / WEIGHTS)
     return module.eval()
 
 
@@ -179,7 +183,10 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(source: Path, destination: Path) -> None:
-    """Move a finished folder to its place; what a killed predecessor left there goes away."""
+    """Move a finished folder to its place; what stood there goes away only when it is there."""
+    old = destination.with_name(f".old-{destination.name}")
     if destination.exists():
-        shutil.rmtree(destination)
+        shutil.rmtree(old, ignore_errors=True)
+        destination.rename(old)
     source.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)

@@ -8,9 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import torch
+
 from paretune.errors import JobError
 from paretune.objectives.artifact import MODEL, Card, load_session, replace_folder, save_artifact
 from paretune.objectives.compress import compress_numerics
+from paretune.objectives.data.inputs import call
 from paretune.objectives.device import Device
 from paretune.objectives.latency import Latency, measure_paired
 from paretune.objectives.measurement import Measurement
@@ -20,6 +24,9 @@ from paretune.objectives.runtimes.base import FORMAT_OF_BITS
 from paretune.objectives.scoring import artifact_outputs
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import CompressionPlan, Quantization
+
+_SAME = 0.01
+"""Largest difference between the outputs of two float32 implementations, as a share of the largest output."""
 
 _TOLERANCE = 0.001
 """A float format may cost this much accuracy and still be the best one: bf16's rounding shows in the fourth digit."""
@@ -78,7 +85,10 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
         floats = float_bits or runtime.capabilities(problem.target.device).float_bits
         try:
             runtime.deploy(module, problem.example, work / MODEL)
+            _compare(problem, runtime, work / MODEL)
             scores = {bits: _score(problem, runtime, work / MODEL, bits) for bits in floats}
+        except JobError:
+            raise
         except Exception as error:
             remedy = "make the dense model export to ONNX and run there first"
             got = f"{type(error).__name__}: {error}"
@@ -138,7 +148,7 @@ def probe_widths(problem: Problem, analysis: Analysis, float_bits: int) -> dict[
         bits = {layer.name: width for layer in analysis.layers if width in capabilities.widths(layer.kind)}
         plan = CompressionPlan(quantize=Quantization(bits=bits))
         module = compress_numerics(problem.model.build(), plan, problem.context(list(example.batches(2))))
-        with TemporaryDirectory(prefix="paretune-probe-") as folder:
+        with TemporaryDirectory(prefix="paretune-probe-") as folder, Device(problem.target.device).shared():
             runtime.deploy(module, problem.example, Path(folder) / MODEL)
             reports = runtime.load(Path(folder) / MODEL, _options(problem, float_bits)).layers()
         for name in bits:
@@ -147,13 +157,29 @@ def probe_widths(problem: Problem, analysis: Analysis, float_bits: int) -> dict[
     return found
 
 
+def _compare(problem: Problem, runtime: Runtime, path: Path) -> None:
+    """Raise JobError where the deployed dense model, in float32, doesn't compute what the PyTorch one does."""
+    samples = problem.splits.validation.head(problem.target.batch_size)
+    with torch.no_grad():
+        expected = call(problem.model.build(), samples.inputs).numpy()
+    found = runtime.load(path, _options(problem, 32)).run(problem.batch())
+    difference = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    if not difference <= _SAME:
+        raise JobError(
+            "model",
+            f"must compute the same on {problem.target.runtime} as in PyTorch",
+            f"outputs that differ by {difference:.1%} of the largest one",
+            "avoid operations that depend on the batch, on randomness or on Python values in forward",
+        )
+
+
 def _options(problem: Problem, bits: int) -> LoadOptions:
     return LoadOptions(problem.target.batch_size, problem.target.threads, bits)
 
 
 def _score(problem: Problem, runtime: Runtime, path: Path, bits: int) -> float:
     validation = problem.splits.validation
-    return problem.task.metric(artifact_outputs(runtime, path, _options(problem, bits), validation), validation.targets)
+    return problem.task.metric(*artifact_outputs(runtime, path, _options(problem, bits), validation))
 
 
 def _latencies(problem: Problem, runtime: Runtime, path: Path, floats: tuple[int, ...]) -> dict[int, Latency]:

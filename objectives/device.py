@@ -25,7 +25,7 @@ class Device:
     def __init__(self, name: str) -> None:
         folder = Path(tempfile.gettempdir()) / f"paretune-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        safe = name.replace("/", "-").replace(":", "-")
+        safe = name.lower().replace("/", "-").replace(":", "-")
         # The gate keeps new readers out while a writer waits; without it, two workers that hold the device in
         # turn would starve a measurement for ever.
         self._gate: IO[bytes] = (folder / f"{safe}.gate").open("ab")

@@ -137,11 +137,13 @@ class Evaluator:
             session, executed = self._deploy(trial, module)
             accuracy = self._score(trial)
             latency, noisy = self._measure(trial, session)
+            expected = self._baseline.measurement.latency_ms
             measurement = Measurement(
                 accuracy=accuracy,
-                latency_ms=latency.median_ms,
-                latency_low_ms=latency.low_ms,
-                latency_high_ms=latency.high_ms,
+                # By the paired speed-up: the machine drifts between trials, and the baseline drifts with it.
+                latency_ms=expected / latency.speedup,
+                latency_low_ms=expected / latency.speedup_high,
+                latency_high_ms=expected / latency.speedup_low,
                 speedup=latency.speedup,
                 size_bytes=trial.path.stat().st_size,
                 params=params,
@@ -160,7 +162,7 @@ class Evaluator:
                     validation=measurement,
                 )
                 replace_folder(work, folder)
-        return Record(measurement, early.median_ms, early_size, executed, trial.watch.seconds, noisy)
+        return Record(measurement, expected / early.speedup, early_size, executed, latency, trial.watch.seconds, noisy)
 
     def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
         """Measure artifacts together and score them on validation and test; see `paretune.objectives.verify`."""
@@ -232,8 +234,8 @@ class Evaluator:
         with trial.watch.phase("score"):
             options = LoadOptions(1, self._problem.target.threads, trial.float_bits)
             split = self._problem.splits.validation
-            outputs = artifact_outputs(self._runtime, trial.path, options, split, between=self._device.step_aside)
-            return self._problem.task.metric(outputs, split.targets)
+            scored = artifact_outputs(self._runtime, trial.path, options, split, between=self._device.step_aside)
+            return self._problem.task.metric(*scored)
 
     def _measure(self, trial: _Trial, session: Session) -> tuple[Latency, bool]:
         """Latency paired with the baseline, and whether the machine was off even the second time."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paretune.errors import TrialError
 from paretune.objectives.data.inputs import Inputs, call, map_tensors
-from paretune.objectives.data.splits import Batch, Splits
+from paretune.objectives.data.splits import MEMORY_LIMIT_BYTES, Batch, Splits
 from paretune.objectives.tasks import Task
 from paretune.spaces.plan import Finetuning
 
@@ -52,7 +52,8 @@ class Teacher:
     Args:
         model: In eval mode.
         samples: Length of the training split.
-        cached: Whether a sample's inputs are the same every time.
+        cached: Whether a sample's inputs are the same every time. Outputs that would take more than 2 GiB are
+            computed anew each time all the same.
     """
 
     def __init__(self, model: nn.Module, samples: int, *, cached: bool) -> None:
@@ -66,10 +67,13 @@ class Teacher:
     def __call__(self, indices: Tensor, inputs: Inputs) -> Tensor:
         """Outputs for a batch; `indices` are its samples' positions in the training split."""
         if not self._cached:
-            return call(self._model, inputs)
+            return call(self._model, inputs).float()
         if self._outputs is None or self._known is None or not bool(self._known[indices].all()):
             outputs = call(self._model, inputs).float()
             if self._outputs is None or self._known is None:
+                if self._samples * outputs[0].numel() * 4 > MEMORY_LIMIT_BYTES:
+                    self._cached = False
+                    return outputs
                 self._outputs = outputs.new_zeros((self._samples, *outputs.shape[1:]))
                 self._known = torch.zeros(self._samples, dtype=torch.bool, device=outputs.device)
             self._outputs[indices] = outputs

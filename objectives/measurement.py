@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paretune.objectives.latency import Latency
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -13,7 +15,8 @@ class Measurement:
 
     Attributes:
         accuracy: The task's metric on the artifact's outputs; higher is better.
-        latency_ms: Median of a call, in milliseconds.
+        latency_ms: Of a call, in milliseconds: the baseline's median divided by the paired speed-up, so that a
+            drift of the machine since the baseline was measured cancels.
         latency_low_ms: Lower end of its 95 % bootstrap interval.
         latency_high_ms: Upper end.
         speedup: Baseline's median over this one's, measured call by call in turn.
@@ -46,9 +49,10 @@ class Record:
 
     Attributes:
         measurement: On the validation split.
-        early_latency_ms: Median measured on the untrained artifact, in few calls.
+        early_latency_ms: The same as the measurement's, on the untrained artifact, in few calls.
         early_size_bytes: Size of the untrained artifact; the same as the trained one's.
         executed: Layer to the bit-width in which the runtime really runs it.
+        clock: The raw measurement: medians of both sides, 5th percentile, intervals, calls.
         seconds: Phase of the trial to its duration.
         noisy: Whether the baseline's latency was off its first measurement by more than 10 % even when measured again.
     """
@@ -57,6 +61,7 @@ class Record:
     early_latency_ms: float
     early_size_bytes: int
     executed: dict[str, int]
+    clock: Latency
     seconds: dict[str, float] = field(default_factory=dict)
     noisy: bool = False
 
@@ -67,4 +72,4 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
         """Undo `to_dict`."""
-        return cls(**data | {"measurement": Measurement(**data["measurement"])})
+        return cls(**data | {"measurement": Measurement(**data["measurement"]), "clock": Latency(**data["clock"])})

@@ -39,7 +39,7 @@ class ModelSource:
     key: str = "model"
 
     def build(self) -> nn.Module:
-        """Build the model on the CPU, with its weights, in evaluation mode.
+        """Build the model on the CPU, with its weights, in evaluation mode, all parameters trainable.
 
         Raises:
             JobError: The factory can't be imported or fails, doesn't return a module, or the weights don't
@@ -55,6 +55,9 @@ class ModelSource:
         except JobError as error:
             where = error.where.replace("model", self.key, 1)
             raise JobError(where, error.rule, error.got, error.remedy) from error
+        # A frozen layer would be cut off from the tracing of dependencies, and couldn't recover from its pruning.
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         return model.eval()
 
     def _construct(self) -> Any:

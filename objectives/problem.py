@@ -95,8 +95,9 @@ class Problem:
                 outputs = _try(name, model, samples)
                 self.task.check(outputs, samples.targets)
                 if not isinstance(split, StreamSplit):
-                    # A label out of range may hide anywhere: one sample's outputs stand for all, without a copy.
-                    self.task.check(outputs[:1].expand(len(split), *outputs.shape[1:]), split.targets)
+                    # A label out of range may hide anywhere: one sample's outputs stand for those of all.
+                    for targets in torch.split(split.targets, _CHECKED):
+                        self.task.check(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets)
 
 
 def _try(name: str, model: nn.Module, samples: Split) -> Tensor:

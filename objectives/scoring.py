@@ -25,24 +25,25 @@ def artifact_outputs(
     split: Split,
     *,
     between: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Outputs of a model file for every sample of a split, in its order.
+) -> tuple[Tensor, Tensor]:
+    """Outputs of a model file for every sample of a split, and the targets, in the split's order.
 
     Args:
         runtime: Runs the file.
         path: The model file.
         options: How to load it; batch size and purpose are replaced.
-        split: Inputs; its targets aren't looked at.
+        split: Read once, in batches, so that a streamed one is never held whole.
         between: Called after each batch.
     """
     size = min(BATCH, len(split))
     session = runtime.load(path, replace(options, batch_size=size, purpose="score"))
-    parts = []
+    parts, targets = [], []
     for batch in split.batches(size):
         arrays = named_arrays(batch.inputs)
         count = len(batch.indices)
         if count < size:  # the last batch; the session's shape is fixed
             arrays = {name: np.resize(array, (size, *array.shape[1:])) for name, array in arrays.items()}
         parts.append(session.run(arrays)[:count])
+        targets.append(batch.targets)
         between()
-    return torch.from_numpy(np.concatenate(parts))
+    return torch.from_numpy(np.concatenate(parts)), torch.cat(targets)

@@ -52,10 +52,11 @@ def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds:
             for call, latencies in zip(calls, measured, strict=True):
                 latencies.append(measure_paired(call, reference, ROUND))
     reference_ms = float(np.median([latency.baseline_ms for latencies in measured for latency in latencies]))
-    return [
-        _verified(problem, folder, reference_ms, [latency.speedup for latency in latencies])
-        for folder, latencies in zip(folders, measured, strict=True)
-    ]
+    with Device(problem.target.device).shared():
+        return [
+            _verified(problem, folder, reference_ms, [latency.speedup for latency in latencies])
+            for folder, latencies in zip(folders, measured, strict=True)
+        ]
 
 
 def _verified(problem: Problem, folder: Path, reference_ms: float, speedups: Sequence[float]) -> Verified:
@@ -77,7 +78,7 @@ def _verified(problem: Problem, folder: Path, reference_ms: float, speedups: Seq
 
 
 def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median of the rounds' values and its 95 % bootstrap interval; with less than 7 rounds the whole range."""
+    """The median of the rounds' values and its 95 % bootstrap interval; with few rounds that is their whole range."""
     rng = np.random.default_rng(0)
     drawn = np.array(values)[rng.integers(0, len(values), (2000, len(values)))]
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
@@ -87,4 +88,4 @@ def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:
 def _score(problem: Problem, folder: Path, card: Card, split: Split) -> float:
     runtime = get_runtime(card.target.runtime)
     options = LoadOptions(1, card.target.threads, card.float_bits)
-    return problem.task.metric(artifact_outputs(runtime, folder / MODEL, options, split), split.targets)
+    return problem.task.metric(*artifact_outputs(runtime, folder / MODEL, options, split))

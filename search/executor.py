@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from paretune.search.job import Job
 from paretune.search.requests import Request
 
 
@@ -24,6 +27,17 @@ class Outcome:
     result: Any = None
     error: str = ""
     details: str = ""
+
+
+EXECUTORS = {"local": ("paretune.search.local", "LocalExecutor")}
+"""Name to module and class; imported when first asked for."""
+
+
+def make_executor(job: Job, run: Path, *, workers: int) -> Executor:
+    """The executor that the job names, for a run, with so many workers."""
+    module, attribute = EXECUTORS[job.search.executor]
+    executor: Executor = getattr(importlib.import_module(module), attribute)(job, run, workers=workers)
+    return executor
 
 
 class Executor(ABC):

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, ParetuneError
-from paretune.objectives.artifact import verify_files
+from paretune.objectives.artifact import Card, verify_files
+from paretune.objectives.environment import environment
 from paretune.search.front import knee
 from paretune.search.front_json import read_front
 
@@ -89,16 +91,23 @@ def export(run: Path, point: Point, destination: Path) -> str:
     artifact = run / point["artifact"]
     verify_files(artifact)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(artifact, destination)
-    program = files("paretune.search") / "templates" / "run_artifact.py"
-    (destination / "run.py").write_text(program.read_text())
-    # A program of its own, outside this process and without paretune: as it will run where it is deployed.
-    checked = subprocess.run([sys.executable, "run.py"], cwd=destination, capture_output=True, text=True, check=False)
-    if checked.returncode != 0:
-        shutil.rmtree(destination)
-        said = (checked.stdout + checked.stderr).strip()
-        raise ParetuneError(f"an exported model must answer as its card says, but it said {said!r}; evaluate it anew")
-    verify_files(destination)
+    with TemporaryDirectory(dir=destination.parent, prefix=".exporting-") as made:
+        folder = Path(made) / "model"
+        shutil.copytree(artifact, folder)
+        program = files("paretune.search") / "templates" / "run_artifact.py"
+        (folder / "run.py").write_text(program.read_text())
+        # Where the artifact was measured it must answer bit for bit; other processors may round otherwise.
+        here = Card.read(folder).environment["processor"] == environment()["processor"]
+        command = [sys.executable, "run.py", *(["--exactly"] if here else [])]
+        # A program of its own, outside this process and without paretune: as it will run where it is deployed.
+        checked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if checked.returncode != 0:
+            said = (checked.stdout + checked.stderr).strip()
+            raise ParetuneError(
+                f"an exported model must answer as its card says, but it said {said!r}; evaluate it anew"
+            )
+        verify_files(folder)
+        folder.rename(destination)
     return checked.stdout.strip()
 
 

@@ -33,7 +33,7 @@ def violation(constraint: Constraint, metrics: Metrics) -> float:
 
 def feasible(metrics: Metrics, constraints: Sequence[Constraint]) -> bool:
     """Whether every bound holds."""
-    return all(violation(constraint, metrics) <= 0 for constraint in constraints)
+    return all(constraint.holds(metrics[constraint.name]) for constraint in constraints)
 
 
 def _compare(a: Metrics, b: Metrics, name: str) -> int:

@@ -175,7 +175,7 @@ class TargetSection(Section):
     runtime: str = Field(
         default="openvino",
         min_length=1,
-        description="What executes the artifact, e.g. openvino, onnxruntime.",
+        description="What executes the artifact: openvino.",
     )
     device: str = Field(default="cpu", min_length=1, description="The runtime's device, e.g. cpu, cuda.")
     batch_size: int = Field(default=1, ge=1, description="Samples in one timed call.")

@@ -89,7 +89,7 @@ class LocalExecutor(Executor):
         assert number is not None
         try:
             message = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # at once, or in the middle of a message
             return [self._bury(worker, number)]
         if message == "ready":
             self._failed_starts = 0
@@ -102,18 +102,22 @@ class LocalExecutor(Executor):
 
     def _bury(self, worker: _Worker, number: int) -> Outcome:
         self._workers.remove(worker)
+        worker.number = None
         code = worker.reap()
         if not worker.is_ready:
-            self._failed_starts += 1
-            if self._failed_starts >= _START_LIMIT:
-                said = self._log.read_text(errors="replace").strip().splitlines()
-                raise SearchError(
-                    f"workers must start, but {_START_LIMIT} in a row died (exit code {code}); see {self._log}"
-                    + (f", which ends with: {said[-1]}" if said else "")
-                )
+            self._count_failed_start(f"died (exit code {code})")
         cause = f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; perhaps the machine ran out of memory" if code == -signal.SIGKILL else ""
         return Outcome(number, error=f"the worker process died ({cause}{hint})", details=f"see {self._log.name}")
+
+    def _count_failed_start(self, what: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _START_LIMIT:
+            said = self._log.read_text(errors="replace").strip().splitlines()
+            raise SearchError(
+                f"workers must start, but {_START_LIMIT} in a row {what}; see {self._log}"
+                + (f", which ends with: {said[-1]}" if said else "")
+            )
 
     def _overdue(self, worker: _Worker) -> bool:
         return worker.number is not None and time.monotonic() >= worker.limit
@@ -124,6 +128,7 @@ class LocalExecutor(Executor):
         self._workers.remove(worker)
         worker.kill()
         if not worker.is_ready:
+            self._count_failed_start(f"took longer than {_START_SECONDS:g} s")
             return Outcome(number, error=f"its worker didn't start within {_START_SECONDS:g} s; see {self._log.name}")
         return Outcome(number, error=f"it overran its deadline of {worker.deadline:g} s (search.trial_timeout)")
 

@@ -9,6 +9,7 @@ from typing import Any
 from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.data import load_splits
+from paretune.objectives.device import Device
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
@@ -53,7 +54,8 @@ def _source(section: ModelSection, key: str) -> ModelSource:
 
 def load_evaluator(job: Job, run: Path) -> Evaluator:
     """The evaluator of a worker; the run holds the baseline already."""
-    problem = load_problem(job)
+    with Device(job.target.device).shared():
+        problem = load_problem(job)
     baseline = Baseline(run / BASELINE)
     reported = baseline.session().layers()
     layers = [name for name in execution_order(problem.model.build(), problem.forward) if name in reported]

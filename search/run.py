@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import shutil
 import signal
 import sys
@@ -17,12 +19,12 @@ from typing import Any
 
 from paretune.errors import JobError, SearchError
 from paretune.objectives.baseline import Baseline, make_baseline, profile
+from paretune.objectives.device import Device
 from paretune.objectives.environment import environment
 from paretune.objectives.problem import Problem
-from paretune.search.executor import Executor, Outcome
+from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
-from paretune.search.local import LocalExecutor
 from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space
 from paretune.search.report import write_report
 from paretune.search.requests import Evaluate
@@ -111,8 +113,13 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
 
 
 def refresh_trials(folder: Path) -> None:
-    """Write `trials.csv` from the study as it is now, also while the run goes on."""
-    write_trials(folder, stored_rows(load_job(folder), folder))
+    """Write `trials.csv` from the study as it is now, also while the run goes on.
+
+    A run that was put away without its study, as reference runs are, keeps the `trials.csv` that it has.
+    """
+    job = load_job(folder)
+    if job.storage or (folder / "study.db").is_file():
+        write_trials(folder, stored_rows(job, folder))
 
 
 def _prepare(
@@ -134,16 +141,24 @@ def _prepare(
 
 
 def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
+    with _alone(folder):
+        return _search_alone(job, folder, analysis, metric, report)
+
+
+def _search_alone(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
     baseline = Baseline(folder / BASELINE)
     space = make_job_space(job, analysis, baseline.float_bits)
     study = open_study(job, folder, space)
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
     _enqueue(job, study, space)
-    executor = LocalExecutor(job, folder, workers=job.search.workers)
+    executor = make_executor(job, folder, workers=job.search.workers)
     with _sigterm_raises():
         try:
-            _trials(job, folder, study, executor, metric, report)
+            begun = _trials(job, folder, study, executor, metric, report)
+            if not begun and _is_verified(folder):
+                report("nothing is left to do: the budget is spent and the front is verified")
+                return folder
             if not candidates(study):
                 raise SearchError(_why_nothing(study))
             verify_front(job, folder, study, executor, metric, report)
@@ -187,23 +202,27 @@ def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
             study.enqueue(plan, "uniform")
 
 
-def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report) -> None:
-    """Propose, evaluate, tell, until the budget is spent."""
-    begun = study.proposed()
-    end = time.monotonic() + job.search.timeout if job.search.timeout else float("inf")
+def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report) -> int:
+    """Propose, evaluate, tell, until the budget is spent; returns how many trials were begun."""
+    before = begun = study.proposed()
+    start = time.monotonic() - study.spent_seconds
+    end = start + job.search.timeout if job.search.timeout else math.inf
     running: dict[int, Proposal] = {}
     limit = job.search.trials or sys.maxsize
+    device = Device(job.target.device)
     while True:
         while executor.free > 0 and begun < limit and time.monotonic() < end:
-            proposal = study.propose()
+            with device.shared():  # samplers compute too, and somebody may be measuring
+                proposal = study.propose()
             begun += 1
             running[proposal.number] = proposal
             executor.submit(proposal.number, _request(job, folder, proposal), deadline=job.search.trial_timeout)
         if not running:
-            return
+            return begun - before
         for outcome in executor.wait(_POLL):
             proposal = running.pop(outcome.number)
             _tell(folder, study, proposal, outcome)
+            study.spent_seconds = time.monotonic() - start
             write_front(folder, study, metric)
             report(_line(metric, proposal, outcome))
 
@@ -256,6 +275,24 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - the search's progress is for people
+
+
+def _is_verified(folder: Path) -> bool:
+    try:
+        return bool(read_front(folder)["verified"])
+    except JobError:  # there is none yet, or it was torn: it is made anew
+        return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second search out of a run: the study has one writer. The kernel frees the lock of one that is killed."""
+    with (folder / ".lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JobError("run", "must not be searched by two at once", folder, "wait for the other one") from error
+        yield
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from paretune.errors import JobError
 from paretune.objectives.measurement import Measurement, Record
+from paretune.search._runfiles import redacted
 from paretune.search.front import DIRECTIONS, feasible, violation
 from paretune.search.job import Job
 from paretune.search.job_types import Constraint
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
-_SOURCE, _PLAN, _RECORD, _ERROR = "source", "plan", "record", "error"
+_SOURCE, _PLAN, _RECORD, _ERROR, _SPENT = "source", "plan", "record", "error", "spent_seconds"
 _SAMPLER = "sampler"
 """The source of trials that carry none: most, and each attribute is a transaction."""
 
@@ -111,9 +112,10 @@ class SearchStudy:
         """Fail the trials that a killed run left running and enqueue them anew; returns how many."""
         lost = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in lost:
-            # A trial that was killed between asking and its last parameter can't be repeated.
-            if trial.params.keys() == self._distributions.keys():
-                self._study.enqueue_trial(trial.params, user_attrs={_SOURCE: "retry"})
+            # Enqueued plans are known whole from the start; a sampler's, killed before its last parameter, isn't.
+            params = trial.system_attrs.get("fixed_params", trial.params)
+            if params.keys() == self._distributions.keys():
+                self._study.enqueue_trial(params, user_attrs={_SOURCE: trial.user_attrs.get(_SOURCE, "retry")})
             self._study.tell(trial.number, state=TrialState.FAIL)
         return len(lost)
 
@@ -123,9 +125,14 @@ class SearchStudy:
         begun = [trial for trial in trials if trial.state != TrialState.WAITING]
         return sum(trial.state != TrialState.FAIL or _ERROR in trial.user_attrs for trial in begun)
 
-    def waiting(self) -> int:
-        """How many enqueued plans weren't begun yet."""
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+    @property
+    def spent_seconds(self) -> float:
+        """Seconds of search so far, over all resumptions, up to the last trial that ended."""
+        return float(self._study.user_attrs.get(_SPENT, 0.0))
+
+    @spent_seconds.setter
+    def spent_seconds(self, seconds: float) -> None:
+        self._study.set_user_attr(_SPENT, seconds)
 
     def rows(self) -> list[TrialRow]:
         """Every trial, in the order of its number."""
@@ -201,7 +208,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         storage = RDBStorage(url)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise JobError("storage", "must be a database URL that opens", repr(url), f"correct it ({error})") from error
+        raise JobError(
+            "storage", "must be a database URL that opens", repr(redacted(url)), f"correct it ({redacted(error)})"
+        ) from error
     if url.startswith("sqlite"):
         sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
         storage.engine.dispose()  # connections made before the listener don't have the settings

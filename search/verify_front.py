@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paretune.errors import SearchError
-from paretune.search.executor import Executor, Outcome
+from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.job import Job
-from paretune.search.local import LocalExecutor
 from paretune.search.problem import BASELINE
 from paretune.search.requests import Evaluate, Verify
 from paretune.search.results import candidates, write_front
@@ -40,7 +39,7 @@ def verify_front(
         elif outcome.result.measurement.accuracy >= row.measurement.accuracy:
             artifacts[row.number] = run / "trials" / str(row.number) / "verified"
     executor.close()
-    fresh = LocalExecutor(job, run, workers=1)
+    fresh = make_executor(job, run, workers=1)
     try:
         folders = [run / BASELINE, *artifacts.values()]
         (outcome,) = _run_all(fresh, [(0, Verify(folders, job.verify.rounds))], deadline * (1 + len(members)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -113,9 +113,10 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
     """
     model = copy.deepcopy(model).eval()
     order = execution_order(model, forward)
-    graph = DependencyGraph(model, forward)
     groups, frozen = [], []
-    for group in graph.groups():
+    found, untraceable = _groups(model, forward)
+    frozen += [Frozen(name, untraceable) for name in order if untraceable]
+    for group in found:
         if reason := _static_reason(model, group, exclude):
             frozen += [Frozen(layer, reason) for layer in group.layers]
         else:
@@ -128,6 +129,14 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
     owner = {layer: group.name for group in survivors for layer in group.layers}
     layers, params, macs = _count(model, forward, owner, order)
     return Analysis(tuple(survivors), tuple(frozen), layers, params, macs)
+
+
+def _groups(model: nn.Module, forward: Forward) -> tuple[list[Group], str]:
+    """The groups that the dependency graph sees; where it fails on the model, none and the reason."""
+    try:
+        return list(DependencyGraph(model, forward).groups()), ""
+    except Exception as error:
+        return [], f"the dependency graph can't be built: {_culprit(error)}"
 
 
 def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> str | None:
@@ -167,9 +176,9 @@ def _trial_prune(
     middle = len(groups) // 2
     left, left_broken = _trial_prune(model, forward, groups[:middle])
     right, right_broken = _trial_prune(model, forward, groups[middle:])
-    survivors = left + right
     if left_broken or right_broken:
-        return survivors, left_broken + right_broken
+        survivors, clashing = _trial_prune(model, forward, left + right)
+        return survivors, left_broken + right_broken + clashing
     # Both halves work and the whole doesn't: keep the half that comes first, name the clash for the other.
     return left, [(group, f"it can't be pruned together with {groups[0].name}: {reason}") for group in right]
 
@@ -189,7 +198,25 @@ def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str 
         output.float().sum().backward()
     except Exception as error:
         return f"pruning it breaks {_culprit(error)}"
+    if not treats_alike(copy.deepcopy(model), forward, kept.keys()):
+        return "the model doesn't treat its channels alike (shuffled, split into heads, normalised in groups)"
     return None
+
+
+def treats_alike(model: nn.Module, forward: Forward, groups: Collection[str]) -> bool:
+    """Whether the model computes the same when the channels of these groups change places.
+
+    Where it doesn't, an operation between the layers depends on a channel's position, which the dependency graph can't
+    see: it would remove one channel here and another one there. The model keeps the permuted weights.
+    """
+    before = forward(model.eval())
+    graph = DependencyGraph(model, forward)
+    generator = torch.Generator().manual_seed(0)
+    for group in graph.groups():
+        if group.name in groups:
+            graph.permute(group, torch.randperm(group.channels, generator=generator))
+    # Sums are taken in another order; real differences are many times larger.
+    return torch.allclose(forward(model), before, rtol=1e-2, atol=1e-3 * float(before.detach().abs().max()))
 
 
 def _culprit(error: Exception) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ PRUNABLE = (
 
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase)
 """Modules that share their channels out among heads or gates: cut like others, they would compute something else."""
+
+
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+"""Modules whose parameters and statistics are one value a channel, along the first axis."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class DependencyGraph:
         self._order = execution_order(model, forward)
         self._graph: Any = torch_pruning.DependencyGraph()
         with warnings.catch_warnings(), torch.enable_grad():
-            # Torch-Pruning warns of free parameters and unknown ops; what they break is found by `survives`.
+            # Torch-Pruning warns of free parameters and unknown ops; what they break is found by `why_broken`.
             warnings.simplefilter("ignore")
             # Its own way of calling the model tries model(*batch) first, which a batch of one image may survive.
             self._graph.build_dependency(model, None, forward_fn=lambda module, _: forward(module), verbose=False)
@@ -104,10 +109,6 @@ class DependencyGraph:
             uncut = tuple(self._names[module] for module in modules if isinstance(module, _WHOLE))
             yield Group(outputs[0], len(raw[0].idxs), outputs, consumers, uncut)
 
-    def traced(self) -> set[str]:
-        """Names of the layers that the graph reaches."""
-        return {self._names[module] for module in self._graph.module2node if isinstance(module, PRUNABLE)}
-
     def scores(self, group: Group, importance: Callable[[Any], Tensor | None]) -> Tensor | None:
         """Importance of each channel, shape (channels,), by a Torch-Pruning importance; None where it has none."""
         return importance(self._select(group, range(group.channels)))
@@ -115,6 +116,35 @@ class DependencyGraph:
     def remove(self, group: Group, channels: list[int]) -> None:
         """Remove these channels (indices into the dense group) from every layer of the group, in place."""
         self._select(group, channels).prune()
+
+    def permute(self, group: Group, order: Tensor) -> bool:
+        """Reorder the group's channels in every layer of it, in place.
+
+        A model that treats the channels alike computes the same afterwards.
+
+        Args:
+            group: Of this graph.
+            order: A permutation of the channels.
+
+        Returns:
+            False where a module of the group has parameters that aren't known here, or reads only some of the
+            channels; nothing is changed then, and whether the model treats them alike stays open.
+        """
+        items = list(self._select(group, range(group.channels)))
+        known = (*PRUNABLE, *_PER_CHANNEL)
+        modules = [item.dep.target.module for item in items]
+        if any(list(m.parameters()) and not isinstance(m, known) for m in modules if isinstance(m, nn.Module)):
+            return False
+        if any(len(set(item.root_idxs)) < group.channels for item in items):  # a part of them, e.g. behind a split
+            return False
+        for item in items:
+            is_output = self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            module, source = item.dep.target.module, partial(_source, item.idxs, item.root_idxs, order)
+            if isinstance(module, nn.Parameter):
+                _permute_tensor(module, item.dep.target.pruning_dim % module.dim(), source)
+            else:
+                _permute_module(module, source, is_output=is_output)
+        return True
 
     def _select(self, group: Group, channels: range | list[int]) -> Any:
         root = self._modules[group.name]
@@ -125,6 +155,36 @@ class DependencyGraph:
         modules = [item.dep.target.module for item in raw if selects(item.dep.handler)]
         names = {self._names[module] for module in modules if isinstance(module, PRUNABLE)}
         return tuple(sorted(names, key=self._order.__getitem__))
+
+
+def _source(positions: list[int], roots: list[int], order: Tensor, size: int) -> Tensor:
+    """Where each of `size` entries comes from, when the root channels that own `positions` are reordered."""
+    places: dict[int, list[int]] = {}
+    for position, root in zip(positions, roots, strict=True):
+        places.setdefault(root, []).append(position)
+    source = torch.arange(size)
+    for root, own in places.items():
+        source[own] = torch.tensor(places[int(order[root])])
+    return source
+
+
+@torch.no_grad()
+def _permute_tensor(tensor: Tensor, dim: int, source: Callable[[int], Tensor]) -> None:
+    tensor.copy_(tensor.index_select(dim, source(tensor.shape[dim])))
+
+
+def _permute_module(module: nn.Module, source: Callable[[int], Tensor], *, is_output: bool) -> None:
+    """Reorder a module's parameters and statistics along the axis of its outputs, or of its inputs."""
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if isinstance(module, PRUNABLE) and name == "bias" and not is_output:
+            continue
+        depthwise = getattr(module, "groups", 1) > 1
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        is_first = not isinstance(module, PRUNABLE) or depthwise or is_output != transposed or name == "bias"
+        dim = 0 if is_first else 1
+        if tensor.dim() <= dim or tensor.shape[dim] == 1:  # a counter, or one value for all channels
+            continue
+        _permute_tensor(tensor, dim, source)
 
 
 def prune(

@@ -123,6 +123,59 @@ class Shuffle(nn.Module):
         return self.head(F.relu(self.last(x)).mean((2, 3)))
 
 
+class Heads(nn.Module):
+    """Attention written by hand, whose heads are views of the channels; inputs (N, 5, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 32)
+        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.project = nn.Linear(32, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        n, length, _ = x.shape
+        query, key, value = (layer(x).view(n, length, 4, -1).transpose(1, 2) for layer in self._projections())
+        mixed = (query @ key.transpose(2, 3)).softmax(3) @ value
+        return self.head(F.relu(self.project(mixed.transpose(1, 2).reshape(n, length, -1))).mean(1))
+
+    def _projections(self) -> tuple[nn.Module, ...]:
+        return self.query, self.key, self.value
+
+
+class Attentive(nn.Module):
+    """Weights positions by their mean over channels, and channels by a squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.squeeze = nn.Conv2d(32, 16, 1)
+        self.excite = nn.Conv2d(16, 32, 1)
+        self.last = nn.Conv2d(32, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        x = x * torch.sigmoid(x.mean(1, keepdim=True))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class GroupNormed(nn.Module):
+    """Normalises in groups of channels: which channels are neighbours matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 32)
+        self.last = nn.Conv2d(32, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.last(F.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
 class FixedView(nn.Module):
     """Writes its channel count down a second time, in a `view`."""
 

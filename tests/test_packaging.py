@@ -147,8 +147,9 @@ print(json.dumps({{name: importlib.import_module(name).__file__ for name in {nam
 
 
 def packages_on_disk() -> dict[str, str]:
-    """Package name to folder, for every folder of the rooms that holds Python files."""
-    folders = {path.parent for path in source_files() if path.suffix == ".py" and path.parts[0] in PLACES}
+    """Package name to folder, for every folder of the rooms that holds Python files; templates are data."""
+    sources = [path for path in source_files() if path.suffix == ".py" and "templates" not in path.parts]
+    folders = {path.parent for path in sources if path.parts[0] in PLACES}
     return {".".join((*PLACES[path.parts[0]].split("/"), *path.parts[1:])): path.as_posix() for path in folders}
 
 

@@ -36,9 +36,12 @@ def fold_batchnorm(model: nn.Module, forward: Forward) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` in the place of the submodule called `name`, under every name that it has."""
+    replaced = model.get_submodule(name)
+    for alias, found in list(model.named_modules(remove_duplicate=False)):
+        if found is replaced:
+            parent, _, child = alias.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
 
 
 def _pairs(model: nn.Module, forward: Forward) -> list[tuple[str, str]]:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from paretune.objectives.compress.batchnorm import replace_module
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
 
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer with fake-quantized input and weight.

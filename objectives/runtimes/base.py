@@ -81,7 +81,13 @@ class LoadOptions:
 
 
 class Session(ABC):
-    """A loaded artifact. Made by `Runtime.load`, used by one thread at a time."""
+    """A loaded artifact. Made by `Runtime.load`, used by one thread at a time.
+
+    Attributes:
+        settings: The runtime's own settings under which it was compiled; an exported artifact runs under the same.
+    """
+
+    settings: Mapping[str, str | int | bool]
 
     @abstractmethod
     def run(self, inputs: Arrays) -> Array:

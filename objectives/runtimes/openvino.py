@@ -54,7 +54,7 @@ class OpenVINO(Runtime):
                 f"an artifact must accept any batch size, but {path.name} can't be reshaped to a batch of "
                 f"{options.batch_size} ({str(error).strip().splitlines()[-1]}); don't fix the batch size in forward"
             ) from error
-        config = {
+        config: dict[str, str | int | bool] = {
             "INFERENCE_PRECISION_HINT": "bf16" if options.float_bits == 16 else "f32",
             "INFERENCE_NUM_THREADS": options.threads,
             "NUM_STREAMS": 1,
@@ -65,8 +65,9 @@ class OpenVINO(Runtime):
         aliases = _aliases(graph)
         compiled = self._core.compile_model(model, "CPU", config)
         if _hides(compiled, aliases, _apart(graph, options.float_bits)):
-            compiled = self._core.compile_model(model, "CPU", config | {"SNIPPETS_MODE": "DISABLE"})
-        return _Session(compiled, aliases)
+            config |= {"SNIPPETS_MODE": "DISABLE"}
+            compiled = self._core.compile_model(model, "CPU", config)
+        return _Session(compiled, aliases, config)
 
 
 def _device(device: str) -> None:
@@ -92,6 +93,13 @@ def _hides(compiled: Any, aliases: dict[str, str], layers: set[str]) -> bool:
         if info.get("layerType") == "Subgraph" and layers & {layer for layer, _ in _layers_of(info, aliases)}:
             return True
     return False
+
+
+def _add(reports: dict[str, LayerReport], layer: str, bits: int, share: float) -> None:
+    """Add what an operation executes to its layer, which may be called twice (``layer#2``): the widest width counts."""
+    layer = layer.partition("#")[0]
+    before = reports.get(layer, LayerReport(bits, 0.0))
+    reports[layer] = LayerReport(max(bits, before.bits), before.share + share)
 
 
 def _info(operation: Any) -> dict[str, str]:
@@ -133,7 +141,8 @@ def _aliases(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 class _Session(Session):
-    def __init__(self, compiled: Any, aliases: dict[str, str]) -> None:
+    def __init__(self, compiled: Any, aliases: dict[str, str], settings: dict[str, str | int | bool]) -> None:
+        self.settings = settings
         self._compiled = compiled
         self._aliases = aliases
         self._request = compiled.create_infer_request()
@@ -158,8 +167,8 @@ class _Session(Session):
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
                 share = times.get(operation.get_friendly_name(), 0.0) / total
-                for layer, is_product in _layers_of(info, self._aliases):
-                    (own if is_product else others)[layer] = LayerReport(_BITS[precision], share)
+                for layer, is_product in dict.fromkeys(_layers_of(info, self._aliases)):
+                    _add(own if is_product else others, layer, _BITS[precision], share)
         # The product counts first: what follows it (bias, scale) may run apart, in another width.
         return others | own
 

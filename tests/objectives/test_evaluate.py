@@ -104,7 +104,8 @@ def test_the_artifact_agrees_with_the_module_rebuilt_from_it(trial: Trial, probl
     module = load_module(trial.folder, problem)
     assert not module.training
     split = problem.splits.validation
-    outputs = artifact_outputs(get_runtime("openvino"), trial.folder / MODEL, LoadOptions(1), split)
+    outputs, targets = artifact_outputs(get_runtime("openvino"), trial.folder / MODEL, LoadOptions(1), split)
+    assert torch.equal(targets, split.targets)
     with torch.no_grad():
         expected = call(module, split.inputs)
     assert (outputs.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
@@ -280,10 +281,8 @@ def test_verification_scores_both_splits_and_rewrites_the_cards(
     for verified in found:
         card = Card.read(verified.folder)
         assert card.metrics == {"validation": verified.validation.to_dict(), "test": verified.test.to_dict()}
-        outputs = artifact_outputs(
-            get_runtime("openvino"), verified.folder / MODEL, LoadOptions(1), problem.splits.test
-        )
-        assert verified.test.accuracy == problem.task.metric(outputs, problem.splits.test.targets)
+        scored = artifact_outputs(get_runtime("openvino"), verified.folder / MODEL, LoadOptions(1), problem.splits.test)
+        assert verified.test.accuracy == problem.task.metric(*scored)
         assert verified.test.latency_low_ms <= verified.test.latency_ms <= verified.test.latency_high_ms
         assert replace(verified.test, accuracy=0.0) == replace(verified.validation, accuracy=0.0)
         assert verified.test.is_finite()

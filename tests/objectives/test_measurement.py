@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
 
+CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
+
 MEASUREMENT = Measurement(0.9, 1.0, 0.9, 1.1, 2.0, 1000, 500, 10_000)
-RECORD = Record(MEASUREMENT, 1.2, 1000, {"conv": 8, "fc": 32}, {"train": 3.5}, noisy=True)
+RECORD = Record(MEASUREMENT, 1.2, 1000, {"conv": 8, "fc": 32}, CLOCK, {"train": 3.5}, noisy=True)
 
 
 def test_round_trip() -> None:

@@ -25,7 +25,9 @@ def test_outputs_come_in_the_order_of_the_split(
     module = fold_batchnorm(copy.deepcopy(trained), lambda model: model(split.inputs))
     runtime.deploy(module, digit_splits.validation.head(2).inputs, tmp_path / "model.onnx")
     calls: list[int] = []
-    outputs = artifact_outputs(runtime, tmp_path / "model.onnx", LoadOptions(1), split, between=lambda: calls.append(1))
+    path, between = tmp_path / "model.onnx", lambda: calls.append(1)
+    outputs, targets = artifact_outputs(runtime, path, LoadOptions(1), split, between=between)
+    assert torch.equal(targets, split.targets)
     with torch.no_grad():
         torch.testing.assert_close(outputs, trained(split.inputs), atol=1e-3, rtol=1e-3)
     assert len(calls) == -(-count // BATCH)

@@ -53,7 +53,7 @@ def test_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
         "tpe",
         "local",
     )
-    assert (job.verify.epochs, job.verify.rounds, job.verify.points) == (None, 3, 12)
+    assert (job.verify.epochs, job.verify.rounds, job.verify.points) == (None, 7, 12)
     assert job.results == str(Path("results").resolve())
     assert (job.folder, job.python_path) == (tmp_path, [str(tmp_path)])
 

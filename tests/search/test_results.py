@@ -12,6 +12,7 @@ import pytest
 
 from paretune.errors import JobError
 from paretune.objectives.artifact import Card, write_card
+from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.runtimes import Target
 from paretune.objectives.verify import Verified
@@ -24,6 +25,8 @@ from paretune.search.study import SearchStudy, study_url
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
+CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
+
 SPACE = SearchSpace(grids={"stem": [8, 16, 32]}, widths={"stem": (32, 8), "head": (32, 8)})
 TARGET = Target(runtime="openvino", device="cpu", batch_size=8, threads=1)
 METRICS = {"accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "size_bytes", "params", "macs"}
@@ -35,7 +38,7 @@ def measurement(accuracy: float, latency: float, size: int = 900) -> Measurement
 
 def new_study(run: Path, *, objectives: tuple[str, ...] = ("accuracy", "latency_ms"), bound: str = "") -> SearchStudy:
     """A study beside a baseline of 4 ms."""
-    card = Card(TARGET, 32, {"validation": measurement(0.95, 4.0).to_dict()}, {}, CompressionPlan().hash, {})
+    card = Card(TARGET, 32, {}, {"validation": measurement(0.95, 4.0).to_dict()}, {}, CompressionPlan().hash, {})
     (run / BASELINE).mkdir(parents=True)
     write_card(run / BASELINE, card)
     constraints = [Constraint.model_validate(bound)] if bound else []
@@ -50,7 +53,7 @@ def tell(study: SearchStudy, *measurements: Measurement | str) -> None:
         if isinstance(found, str):
             study.fail(number, found)
         else:
-            study.complete(number, Record(found, found.latency_ms, found.size_bytes, {"stem": 8}))
+            study.complete(number, Record(found, found.latency_ms, found.size_bytes, {"stem": 8}, CLOCK))
 
 
 def verified(run: Path, number: int, validation: Measurement, *, folder: str = "artifact") -> Verified:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import optuna
 import pytest
@@ -28,6 +30,7 @@ from paretune.search.job import Job, load_job
 from paretune.search.results import write_front
 from paretune.search.run import resume, run
 from paretune.search.study import SearchStudy
+from paretune.search.verify_front import verify_front
 from paretune.spaces.plan import CompressionPlan
 from tests.search.conftest import MODULE, NewRun, TinyJob
 
@@ -92,7 +95,7 @@ def finished(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_is_whole(finished: Path) -> None:
-    names = {path.name for path in finished.iterdir() if not path.name.startswith("study.db-")}
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(("study.db-", ".lock"))}
     assert names == {
         *("job.yaml", "environment.json", "analysis.json", "study.db", "baseline", "trials", "workers.log"),
         *("front.json", "front.svg", "trials.csv", "report.html"),
@@ -126,7 +129,7 @@ def test_every_trial_is_told(finished: Path) -> None:
 
 def test_the_dense_model_comes_first_and_then_uniform_plans(finished: Path) -> None:
     trials = trials_of(finished)
-    sources = [trial.user_attrs["source"] for trial in trials]
+    sources = [trial.user_attrs.get("source", "sampler") for trial in trials]
     assert sources == ["dense", "uniform", *["sampler"] * (TRIALS - 2)]
     dense, uniform = (CompressionPlan.model_validate(trial.user_attrs["plan"]) for trial in trials[:2])
     assert dense.prune.ratios == {}
@@ -175,11 +178,34 @@ def test_a_finished_run_goes_on_to_its_front_alone(finished: Path, tmp_path: Pat
     assert (folder / "report.html").is_file()
 
 
+def test_a_finished_run_is_left_as_it_is(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.onnx")} | {
+        folder / "front.json": (folder / "front.json").stat().st_mtime_ns
+    }
+    lines: list[str] = []
+    resume(folder, report=lines.append)
+    assert lines == ["nothing is left to do: the budget is spent and the front is verified"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_two_searches_of_one_run_are_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished, folder)
+    with (folder / ".lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(JobError, match=r"^run must not be searched by two at once"):
+            resume(folder, report=lambda line: None)
+    assert snapshot(folder).keys() >= snapshot(finished).keys()
+
+
 def test_constraints_that_no_trial_keeps(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     shutil.copytree(finished, folder)
     job = yaml.safe_load((folder / "job.yaml").read_text())
     (folder / "job.yaml").write_text(yaml.safe_dump(job | {"constraints": ["accuracy >= 1", "latency_ms <= 1e-6"]}))
+    (folder / "front.json").unlink()  # or nothing would be left to do
     with pytest.raises(SearchError, match=rf"accuracy >= 1, latency_ms <= 1e-06, but none of {TRIALS} did"):
         resume(folder, report=lambda line: None)
     assert {row["feasible"] for row in table_of(folder)} == {"false"}
@@ -192,11 +218,16 @@ def test_constraints_that_no_verified_point_keeps(
     shutil.copytree(finished, folder)
     job = yaml.safe_load((folder / "job.yaml").read_text())
     (folder / "job.yaml").write_text(yaml.safe_dump(job | {"constraints": ["latency_ms <= 1e3"]}))
+    (folder / "front.json").unlink()  # or nothing would be left to do
 
-    def verify_nothing(job: Job, folder: Path, study: SearchStudy, metric: str, report: object) -> None:
+    def verify_nothing(
+        job: Job, folder: Path, study: SearchStudy, executor: object, metric: str, report: object
+    ) -> None:
         write_front(folder, study, metric, {})
 
-    monkeypatch.setattr("paretune.search.run.verify_front", verify_nothing)
+    # With the signature of what it stands for, so that the two can't drift apart.
+    stub = create_autospec(verify_front, side_effect=verify_nothing)
+    monkeypatch.setattr("paretune.search.run.verify_front", stub)
     with pytest.raises(SearchError, match=r"a verified point must keep all of latency_ms <= 1000, but none did"):
         resume(folder, report=lambda line: None)
     assert (folder / "report.html").stat().st_mtime_ns > (finished / "report.html").stat().st_mtime_ns

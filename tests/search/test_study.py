@@ -10,11 +10,14 @@ import pytest
 from optuna.trial import TrialState
 
 from paretune.errors import JobError
+from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search.job_types import Constraint
 from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, open_storage, study_url
 from paretune.spaces.space import Options, SearchSpace
+
+CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
 
 SPACE = SearchSpace(
     grids={"stem": [8, 16, 32], "body": [16, 32]},
@@ -37,12 +40,17 @@ def open_study(run: Path, *, constraints: tuple[str, ...] = (), sampler: str = "
 
 def record(accuracy: float = 0.9, latency: float = 2.0) -> Record:
     measured = Measurement(accuracy, latency, latency - 0.1, latency + 0.1, 4 / latency, 1000, 200, 3000)
-    return Record(measured, latency, 1000, {"stem": 8, "body": 32}, {"train": 1.5}, noisy=True)
+    return Record(measured, latency, 1000, {"stem": 8, "body": 32}, CLOCK, {"train": 1.5}, noisy=True)
 
 
 def load(run: Path) -> optuna.Study:
     """The study as any user of Optuna opens it."""
     return optuna.load_study(study_name="small", storage=f"sqlite:///{run / 'study.db'}")
+
+
+def waiting(run: Path) -> int:
+    """How many enqueued plans weren't begun yet."""
+    return len(load(run).get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def test_what_optuna_sees_of_a_complete_trial(tmp_path: Path) -> None:
@@ -57,7 +65,7 @@ def test_what_optuna_sees_of_a_complete_trial(tmp_path: Path) -> None:
     assert trial.params.keys() == NAMES
     assert SPACE.to_plan(trial.params) == proposal.plan
     assert trial.values == [0.9, 2.0]
-    assert trial.user_attrs["source"] == "sampler"
+    assert "source" not in trial.user_attrs, "only plans that were enqueued carry one"
     assert trial.user_attrs["plan"] == proposal.plan.to_dict()
     assert Record.from_dict(trial.user_attrs["record"]) == record()
     assert trial.constraints == pytest.approx({"accuracy >= 0.8": -0.1, "latency_ms <= 1.5": 0.5})
@@ -94,14 +102,14 @@ def test_enqueued_plans_come_first_with_their_source(tmp_path: Path, sampler: st
     plans = [SPACE.sweep(0), SPACE.sweep(3)]
     for plan, source in zip(plans, ["dense", "uniform"], strict=True):
         study.enqueue(plan, source)
-    assert (study.waiting(), study.proposed()) == (2, 0)
+    assert (waiting(tmp_path), study.proposed()) == (2, 0)
     assert [row.plan for row in study.rows()] == [None, None]
     proposals = [study.propose() for _ in range(3)]
     assert [proposal.number for proposal in proposals] == [0, 1, 2]
     assert [proposal.source for proposal in proposals] == ["dense", "uniform", "sampler"]
     assert [proposal.plan for proposal in proposals[:2]] == plans
     assert [row.source for row in study.rows()] == ["dense", "uniform", "sampler"]
-    assert study.waiting() == 0
+    assert waiting(tmp_path) == 0
 
 
 def test_a_plan_outside_the_space_is_not_enqueued(tmp_path: Path) -> None:
@@ -123,9 +131,9 @@ def test_a_killed_run_is_recovered_once(tmp_path: Path) -> None:
     assert study.proposed() == 4
     assert study.recover() == 2
     assert study.proposed() == 2, "lost trials don't count: the complete one and the failed one remain"
-    assert study.waiting() == 2
+    assert waiting(tmp_path) == 2
     assert study.recover() == 0
-    assert study.waiting() == 2
+    assert waiting(tmp_path) == 2
 
     again = [study.propose() for _ in range(2)]
     assert [proposal.number for proposal in again] == [4, 5]
@@ -145,7 +153,7 @@ def test_plans_that_wait_survive_a_kill(tmp_path: Path) -> None:
         killed.enqueue(SPACE.sweep(index), "uniform")
     killed.propose()
     study = open_study(tmp_path)
-    assert (study.recover(), study.waiting()) == (1, 3)
+    assert (study.recover(), waiting(tmp_path)) == (1, 3)
     plans = {study.propose().plan.hash for _ in range(3)}
     assert plans == {SPACE.sweep(index).hash for index in range(3)}
 
@@ -154,8 +162,25 @@ def test_a_trial_without_all_its_parameters_is_given_up(tmp_path: Path) -> None:
     open_study(tmp_path)
     load(tmp_path).ask({"bits/stem": SPACE.distributions()["bits/stem"]})
     study = open_study(tmp_path)
-    assert (study.recover(), study.waiting(), study.proposed()) == (1, 0, 0)
+    assert (study.recover(), waiting(tmp_path), study.proposed()) == (1, 0, 0)
     assert [row.trial.state for row in study.rows()] == [TrialState.FAIL]
+
+
+def test_an_enqueued_plan_without_all_its_parameters_is_begun_anew(tmp_path: Path) -> None:
+    killed = open_study(tmp_path)
+    killed.enqueue(SPACE.sweep(3), "uniform")
+    load(tmp_path).ask({"bits/stem": SPACE.distributions()["bits/stem"]})
+    study = open_study(tmp_path)
+    assert (study.recover(), waiting(tmp_path)) == (1, 1)
+    proposal = study.propose()
+    assert (proposal.plan, proposal.source) == (SPACE.sweep(3), "uniform")
+
+
+def test_spent_seconds_survive_a_kill(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    assert study.spent_seconds == 0
+    study.spent_seconds = 12.5
+    assert open_study(tmp_path).spent_seconds == 12.5
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])

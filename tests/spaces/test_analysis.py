@@ -35,6 +35,7 @@ class Case(NamedTuple):
 
 
 OUTPUT = "it is the output layer"
+POSITION = "the model doesn't treat its channels alike"
 CASES = [
     Case(
         nets.PlainCNN,
@@ -152,6 +153,25 @@ CASES = [
         {},
         {"first": "pruning it breaks `return self.head(F.relu(self.first(x)).view(2, 4, 4)", "head": OUTPUT},
     ),
+    Case(nets.Shuffle, nets.image(), {"last": (16, (), ("head",))}, {"first": POSITION, "head": OUTPUT}),
+    Case(
+        nets.Heads,
+        nets.sequence(),
+        {"stem": (32, (), ("query", "key", "value")), "project": (16, (), ("head",))},
+        {"query": POSITION, "key": POSITION, "value": POSITION, "head": OUTPUT},
+    ),
+    Case(
+        nets.Attentive,
+        nets.image(),
+        {
+            "first": (32, ("excite",), ("squeeze", "last")),
+            "squeeze": (16, (), ("excite",)),
+            "last": (16, (), ("head",)),
+        },
+        {"head": OUTPUT},
+        mixing=("first",),
+    ),
+    Case(nets.GroupNormed, nets.image(), {"last": (16, (), ("head",))}, {"first": POSITION, "head": OUTPUT}),
 ]
 EACH = pytest.mark.parametrize("case", [pytest.param(case, id=case.model.__name__) for case in CASES])
 
