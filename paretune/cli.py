@@ -67,7 +67,7 @@ def _root(
 
 @app.command()
 def demo(
-    trials: Annotated[int, typer.Option(help="Number of trials.", min=1)] = 48,
+    trials: Annotated[int, typer.Option(help="Number of trials.", min=1)] = 56,
     results: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("results"),
 ) -> None:
     """Train a small net on digits, search for two or three minutes, and show the front and the report."""

@@ -66,6 +66,7 @@ def demo_job(folder: Path, *, trials: int, report: Callable[[str], None]) -> Job
             "finetune": {"epochs": 3.0, "batch_size": 64},
             "target": {"batch_size": 64},
             "search": {"trials": trials, "workers": 2},
+            "verify": {"points": 16},
             "results": str(folder),
         }
     )
