@@ -18,9 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 
 from paretune.objectives.baseline import make_baseline, profile
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.imports import import_string
 from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search.job import load_job
@@ -40,11 +42,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64, help="trials of the made-up search")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    job = load_job(JOB, ["model.weights=null", "finetune.epochs=0.005"])
-    problem = load_problem(job)
-    analysis = problem.analyse()
     with TemporaryDirectory() as folder:
         run = Path(folder)
+        weights = run / "random.safetensors"
+        job = load_job(JOB, ["model.weights=null", "finetune.epochs=0.005"])
+        job.add_python_path()
+        save_file(import_string(str(job.model.factory), where="model.factory")().state_dict(), weights)
+        job = load_job(JOB, [f"model.weights={weights}", "finetune.epochs=0.005"])
+        problem = load_problem(job)
+        analysis = problem.analyse()
         baseline = make_baseline(problem, analysis, run / BASELINE)
         analysis = profile(problem, baseline, analysis)
         space = make_job_space(job, analysis, baseline.float_bits)

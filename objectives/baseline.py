@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from paretune.errors import JobError
 from paretune.objectives.artifact import MODEL, Card, load_session, replace_folder, save_artifact
@@ -81,11 +82,12 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
     with TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as made, device.shared():
         work = Path(made) / "baseline"
         work.mkdir()
-        module = compress_numerics(problem.model.build(), plan, problem.context([]))
+        dense = problem.model.build()
+        module = compress_numerics(dense, plan, problem.context([]))
         floats = float_bits or runtime.capabilities(problem.target.device).float_bits
         try:
             runtime.deploy(module, problem.example, work / MODEL)
-            _compare(problem, runtime, work / MODEL)
+            _compare(problem, dense, runtime, work / MODEL)
             scores = {bits: _score(problem, runtime, work / MODEL, bits) for bits in floats}
         except JobError:
             raise
@@ -157,11 +159,11 @@ def probe_widths(problem: Problem, analysis: Analysis, float_bits: int) -> dict[
     return found
 
 
-def _compare(problem: Problem, runtime: Runtime, path: Path) -> None:
+def _compare(problem: Problem, dense: nn.Module, runtime: Runtime, path: Path) -> None:
     """Raise JobError where the deployed dense model, in float32, doesn't compute what the PyTorch one does."""
     samples = problem.splits.validation.head(problem.target.batch_size)
     with torch.no_grad():
-        expected = call(problem.model.build(), samples.inputs).numpy()
+        expected = call(dense, samples.inputs).numpy()
     found = runtime.load(path, _options(problem, 32)).run(problem.batch())
     difference = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
     if not difference <= _SAME:

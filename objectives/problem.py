@@ -98,6 +98,20 @@ class Problem:
                     # A label out of range may hide anywhere: one sample's outputs stand for those of all.
                     for targets in torch.split(split.targets, _CHECKED):
                         self.task.check(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets)
+            _check_same(name, model, source.build())
+
+
+def _check_same(name: str, model: nn.Module, again: nn.Module) -> None:
+    """Every trial and every worker builds the model anew: it must be the same one."""
+    other = again.state_dict()
+    for key, tensor in model.state_dict().items():
+        if key not in other or not torch.equal(tensor, other[key]):
+            raise JobError(
+                name,
+                "must be the same each time it is built",
+                f"{key} with other values the second time",
+                f"load trained weights ({name}.weights), or seed the factory",
+            )
 
 
 def _try(name: str, model: nn.Module, samples: Split) -> Tensor:

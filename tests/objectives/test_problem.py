@@ -66,6 +66,12 @@ BAD: list[Any] = [
         lambda p: replace(p, model=ModelSource(Constant(0.0, (10, 4)))), "model", r"\(N, classes", id="shape of outputs"
     ),
     pytest.param(lambda p: replace(p, model=ModelSource(Constant(float("nan")))), "model", "finite", id="NaN"),
+    pytest.param(
+        lambda p: replace(p, model=ModelSource(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))),
+        "model",
+        "the same each time it is built",
+        id="unseeded factory",
+    ),
     pytest.param(lambda p: replace(p, model=ModelSource(Constant(float("inf")))), "model", "finite", id="infinity"),
     pytest.param(lambda p: replace(p, teacher=ModelSource(Constant(float("nan")))), "teacher", "finite", id="teacher"),
     pytest.param(lambda p: replace(p, model=ModelSource(nn.Conv2d(3, 8, 3))), "model", "RuntimeError", id="inputs"),
