@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from paretune.objectives.baseline import Baseline, make_baseline, profile
+from paretune.objectives.device import Device
 from paretune.objectives.finetune import Training, fit
 from paretune.objectives.problem import Problem
 from paretune.search.job import Job
@@ -27,7 +28,7 @@ _QUANTIZED_COST = 1.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the search will cost at the most: pruned models train faster than the dense one that was timed.
+    """What the search will cost, roughly: the dense model was timed, and pruned ones train faster.
 
     Attributes:
         trial_seconds: One trial.
@@ -82,13 +83,18 @@ def check(job: Job) -> Check:
 
 def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: float) -> Estimate:
     workers = min(job.search.workers, cores())
-    torch.set_num_threads(max(1, cores() // job.search.workers))
     training = Training(problem.splits, problem.task, problem.training)
     total = training.steps(problem.training.epochs)
     batches = training.batches(seed=0)
     model = problem.model.build()
-    fit(model, training, Finetuning(), batches, range(2), total)  # the first steps also choose kernels
-    _, seconds = _timed(lambda: fit(model, training, Finetuning(), batches, range(2, 5), total))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores() // job.search.workers))
+    try:
+        with Device(problem.target.device).shared():
+            fit(model, training, Finetuning(), batches, range(2), total)  # the first steps also choose kernels
+            _, seconds = _timed(lambda: fit(model, training, Finetuning(), batches, range(2, 5), total))
+    finally:
+        torch.set_num_threads(threads)
     share = problem.training.quantized_share if job.space.quantize else 0.0
     trial = total * seconds / 3 * (1 + share * (_QUANTIZED_COST - 1)) + deploy_seconds
     size = sum(path.stat().st_size for path in baseline.folder.iterdir())

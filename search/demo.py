@@ -48,7 +48,8 @@ def demo_job(folder: Path, *, trials: int, report: Callable[[str], None]) -> Job
         report: Takes lines for the user.
     """
     names = ("demo" if i == 1 else f"demo-{i}" for i in count(1))
-    name = next(name for name in names if not (folder / name).exists())
+    free = (name for name in names if not any((folder / f"{name}{end}").exists() for end in ("", ".safetensors")))
+    name = next(free)
     weights = folder / f"{name}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     report("training a small convolutional net on scikit-learn's digits")
