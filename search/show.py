@@ -107,7 +107,7 @@ def _print_costs(console: Console, check: Check) -> None:
         f"to choose: {kinds['prune/']} ratios, {kinds['bits/']} bit-widths, {', '.join(rest) or 'nothing else'}"
     )
     console.print(
-        f"about {estimate.trial_seconds:.0f} s a trial and {estimate.seconds / 60:.0f} minutes for all, as the dense model "
-        "takes (pruned ones train faster), and then the verification; "
+        f"about {estimate.trial_seconds:.0f} s a trial and {estimate.seconds / 60:.0f} minutes for all at the dense "
+        "model's pace (pruned ones train faster), and then the verification; "
         f"{estimate.trial_bytes / 1e6:.1f} MB a trial and {estimate.bytes / 1e6:.0f} MB in all"
     )
