@@ -1,6 +1,6 @@
 """A ResNet-20 on Fashion-MNIST: the dense model of `fashion_resnet.yaml`.
 
-Train it first (about 6 minutes on 2 cores): `python examples/fashion_resnet.py`
+Train it first (10 epochs): `python examples/fashion_resnet.py`
 """
 
 from __future__ import annotations
