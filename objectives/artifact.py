@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from paretune.errors import JobError, ParetuneError
 from paretune.objectives.compress import compress_numerics, compress_structure
+from paretune.objectives.compress.schemes import Scheme, Schemes
 from paretune.objectives.environment import environment
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
@@ -50,6 +51,8 @@ class Card:
     Attributes:
         target: Where it was measured.
         float_bits: Width of all that isn't quantized.
+        float_format: Its name, e.g. ``"bf16"``.
+        schemes: How quantized layers are quantized: with the plan, what the module's shape depends on.
         settings: The runtime's settings under which it was measured.
         metrics: Its measurement, by split: ``{"validation": {"accuracy": …}}``.
         environment: Versions and hardware of the measurement.
@@ -59,6 +62,8 @@ class Card:
 
     target: Target
     float_bits: int
+    float_format: str
+    schemes: Schemes
     settings: dict[str, str | int | bool]
     metrics: dict[str, dict[str, Any]]
     environment: dict[str, Any]
@@ -67,7 +72,8 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the schema's version."""
-        return {"schema": SCHEMA, **self.__dict__, "target": self.target.__dict__}
+        schemes = {str(width): scheme.to_dict() for width, scheme in self.schemes.items()}
+        return {"schema": SCHEMA, **self.__dict__, "target": self.target.__dict__, "schemes": schemes}
 
     @classmethod
     def read(cls, folder: Path) -> Card:
@@ -82,7 +88,8 @@ class Card:
         data = json.loads(path.read_text())
         if data.pop("schema", None) != SCHEMA:
             raise JobError("artifact", f"must have schema {SCHEMA}", folder, "read it with the version that wrote it")
-        return cls(**data | {"target": Target(**data["target"])})
+        schemes = {int(width): Scheme.from_dict(scheme) for width, scheme in data["schemes"].items()}
+        return cls(**data | {"target": Target(**data["target"]), "schemes": schemes})
 
 
 def save_artifact(
@@ -110,11 +117,18 @@ def save_artifact(
     save_model(module, str(folder / WEIGHTS))  # shared tensors are stored once
     inputs = problem.batch()
     save_arrays({**inputs, _OUTPUT: session.run(inputs)}, folder / PROBE)
-    files = {name: sha256(folder / name) for name in FILES}
-    metrics = {"validation": validation.to_dict()}
-    write_card(
-        folder, Card(problem.target, float_bits, dict(session.settings), metrics, environment(), plan.hash, files)
+    card = Card(
+        target=problem.target,
+        float_bits=float_bits,
+        float_format=problem.capabilities.float_formats[float_bits],
+        schemes=problem.schemes,
+        settings=dict(session.settings),
+        metrics={"validation": validation.to_dict()},
+        environment=environment(),
+        plan_hash=plan.hash,
+        files={name: sha256(folder / name) for name in FILES},
     )
+    write_card(folder, card)
 
 
 def load_module(folder: Path, problem: Problem) -> nn.Module:
@@ -127,7 +141,7 @@ def load_module(folder: Path, problem: Problem) -> nn.Module:
         problem: Gives the dense model's factory and an example to trace with.
     """
     plan = CompressionPlan.from_json((folder / PLAN).read_text())
-    context = problem.context([])
+    context = replace(problem.context([]), schemes=Card.read(folder).schemes)
     module = compress_numerics(compress_structure(problem.model.build(), plan, context), plan, context)
     load_model(module, folder / WEIGHTS)
     return module.eval()
@@ -142,8 +156,9 @@ def load_probe(folder: Path) -> tuple[dict[str, Array], Array]:
 def load_session(folder: Path, *, threads: int | None = None) -> Session:
     """Load the deployed model for the target that the card names."""
     card = Card.read(folder)
-    options = LoadOptions(card.target.batch_size, threads or card.target.threads, card.float_bits)
-    return get_runtime(card.target.runtime).load(folder / MODEL, options)
+    target = card.target
+    options = LoadOptions(target.batch_size, threads or target.threads, card.float_bits, device=target.device)
+    return get_runtime(target.runtime, target.options).load(folder / MODEL, options)
 
 
 def verify_files(folder: Path) -> None:

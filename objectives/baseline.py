@@ -20,8 +20,7 @@ from paretune.objectives.device import Device
 from paretune.objectives.latency import Latency, measure_paired
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import LoadOptions, Runtime, Session, get_runtime
-from paretune.objectives.runtimes.base import FORMAT_OF_BITS
+from paretune.objectives.runtimes import LoadOptions, Runtime, Session
 from paretune.objectives.scoring import artifact_outputs
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import CompressionPlan, Quantization
@@ -60,7 +59,7 @@ class Baseline:
 
     def to_dict(self) -> dict[str, Any]:
         """As front.json has it."""
-        return {"format": FORMAT_OF_BITS[self.float_bits], **self.card.metrics}
+        return {"format": self.card.float_format, **self.card.metrics}
 
 
 def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_bits: tuple[int, ...] = ()) -> Baseline:
@@ -75,7 +74,7 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
     Raises:
         JobError: The model can't be exported, or the runtime can't run it.
     """
-    runtime = get_runtime(problem.target.runtime)
+    runtime = problem.runtime
     device = Device(problem.target.device)
     plan = CompressionPlan()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,7 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
         work.mkdir()
         dense = problem.model.build()
         module = compress_numerics(dense, plan, problem.context([]))
-        floats = float_bits or runtime.capabilities(problem.target.device).float_bits
+        floats = float_bits or problem.capabilities.float_bits
         try:
             runtime.deploy(module, problem.example, work / MODEL)
             _compare(problem, dense, runtime, work / MODEL)
@@ -124,7 +123,7 @@ def profile(problem: Problem, baseline: Baseline, analysis: Analysis) -> Analysi
 
 def profile_layers(problem: Problem, baseline: Baseline) -> dict[str, float]:
     """Each layer's share of the baseline's latency, by the runtime's own profiler; median of some calls."""
-    runtime = get_runtime(problem.target.runtime)
+    runtime = problem.runtime
     options = replace(_options(problem, baseline.float_bits), purpose="profile")
     session = runtime.load(baseline.folder / MODEL, options)
     batch = problem.batch()
@@ -142,8 +141,7 @@ def probe_widths(problem: Problem, analysis: Analysis, float_bits: int) -> dict[
     What the runtime executes for a layer's kind is tried on this model, all layers at once, and read back. A layer that
     the runtime doesn't report can't be seen to run in the width asked for, so it stays in floats.
     """
-    runtime = get_runtime(problem.target.runtime)
-    capabilities = runtime.capabilities(problem.target.device)
+    runtime, capabilities = problem.runtime, problem.capabilities
     found: dict[str, tuple[int, ...]] = {layer.name: (float_bits,) for layer in analysis.layers}
     example = problem.splits.validation.head(2)
     for width in sorted({width for widths in capabilities.integer_bits.values() for width in widths}, reverse=True):
@@ -176,7 +174,8 @@ def _compare(problem: Problem, dense: nn.Module, runtime: Runtime, path: Path) -
 
 
 def _options(problem: Problem, bits: int) -> LoadOptions:
-    return LoadOptions(problem.target.batch_size, problem.target.threads, bits)
+    target = problem.target
+    return LoadOptions(target.batch_size, target.threads, bits, device=target.device)
 
 
 def _score(problem: Problem, runtime: Runtime, path: Path, bits: int) -> float:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from paretune.errors import JobError
 from paretune.objectives.compress import Context
+from paretune.objectives.compress.schemes import Schemes
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch, Split, Splits, StreamSplit
 from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
-from paretune.objectives.runtimes import Target
+from paretune.objectives.runtimes import Capabilities, Runtime, Target, get_runtime
 from paretune.objectives.runtimes.base import Array
 from paretune.objectives.runtimes.onnx_export import named_arrays
 from paretune.objectives.tasks import Task
@@ -67,7 +68,22 @@ class Problem:
 
     def context(self, batches: list[Batch]) -> Context:
         """What techniques may look at, with these batches."""
-        return Context(self.example, self.channels, self.task, batches)
+        return Context(self.example, self.channels, self.task, batches, self.schemes)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What runs the artifacts."""
+        return get_runtime(self.target.runtime, self.target.options)
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """What the target executes."""
+        return self.runtime.capabilities(self.target.device)
+
+    @property
+    def schemes(self) -> Schemes:
+        """How the target wants layers quantized."""
+        return self.capabilities.schemes
 
     def batch(self) -> dict[str, Array]:
         """One batch of validation inputs of the target's size."""

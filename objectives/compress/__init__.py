@@ -9,7 +9,7 @@ within a tuple is the order of application.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from paretune.objectives.compress.batchnorm import fold_batchnorm
 from paretune.objectives.compress.importance import importance
 from paretune.objectives.compress.quantization import freeze_quantizers, insert_quantizers
+from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch
 from paretune.objectives.tasks import Task
@@ -45,12 +46,14 @@ class Context:
         channels: Channels of each group in the dense model.
         task: Gives the loss for importances that need gradients.
         batches: Real training batches, for importances and calibration; empty where only the structure matters.
+        schemes: How the target wants layers quantized.
     """
 
     example: Inputs
     channels: dict[str, int]
     task: Task
     batches: Sequence[Batch]
+    schemes: Schemes = field(default_factory=lambda: STATIC)
 
     def forward(self, model: nn.Module) -> torch.Tensor:
         """Run a model on the example."""
@@ -80,7 +83,7 @@ def prune_channels(model: nn.Module, config: Pruning, context: Context) -> nn.Mo
 
 def quantize(model: nn.Module, config: Quantization, context: Context) -> nn.Module:
     """Insert quantizers and calibrate them on the context's batches; in place."""
-    insert_quantizers(model, config.bits)
+    insert_quantizers(model, config.bits, context.schemes, context.forward)
     with torch.no_grad():
         for batch in context.batches:
             call(model, batch.inputs)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from paretune.objectives.compress.readers import trace_readers
 from paretune.spaces.graph import Forward
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,53 +45,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _pairs(model: nn.Module, forward: Forward) -> list[tuple[str, str]]:
-    """(layer, batch norm) where the norm alone reads the layer's output, found in the autograd graph."""
-    names = {module: name for name, module in model.named_modules()}
-    calls: Counter[str] = Counter()
-    producer: dict[Any, str] = {}
-    norm_inputs: dict[str, Any] = {}
-
-    def after_layer(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        calls[names[module]] += 1
-        producer[output.grad_fn] = names[module]
-
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls[names[module]] += 1
-        norm_inputs[names[module]] = inputs[0].grad_fn
-
-    handles = []
-    for module in names:
-        if isinstance(module, (*_CONVS, nn.Linear)):
-            handles.append(module.register_forward_hook(after_layer))
-        elif isinstance(module, _NORMS) and module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(before_norm))
-    try:
-        with torch.enable_grad():
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
-            output = forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    readers = _readers(output.grad_fn)
+    """(layer, batch norm) where the norm alone reads the layer's output."""
+    found = trace_readers(model, forward, (*_CONVS, nn.Linear, *_NORMS))
+    modules = dict(model.named_modules())
+    producer = {node: name for name, node in found.outputs.items() if not isinstance(modules[name], _NORMS)}
     pairs = []
-    for norm, grad_fn in norm_inputs.items():
-        layer = producer.get(grad_fn)
-        if layer is not None and readers[grad_fn] == 1 and calls[layer] == calls[norm] == 1:
+    for norm, node in found.inputs.items():
+        layer = producer.get(node)
+        if layer is None or not (isinstance(modules[norm], _NORMS) and modules[norm].track_running_stats):
+            continue
+        if len(found.readers.get(node, ())) == 1 and found.calls[layer] == found.calls[norm] == 1:
             pairs.append((layer, norm))
     return pairs
-
-
-def _readers(root: Any) -> Counter[Any]:
-    """How often each node's result is read on the way to the output."""
-    readers: Counter[Any] = Counter()
-    stack, seen = [root], {root}
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is None:
-                continue
-            readers[node] += 1
-            if node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return readers

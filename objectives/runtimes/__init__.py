@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 
 from paretune.errors import JobError
@@ -25,16 +27,30 @@ RUNTIMES = {
 """Name to module and class; imported when first asked for."""
 
 
-def get_runtime(name: str) -> Runtime:
+def get_runtime(name: str, options: Mapping[str, str | int | bool] | None = None) -> Runtime:
     """The runtime of that name, ready to use.
 
+    Args:
+        name: One of `RUNTIMES`.
+        options: The runtime's own choices (`Target.options`).
+
     Raises:
-        JobError: There is none of that name.
+        JobError: There is none of that name, what it needs isn't installed, or it doesn't know an option.
     """
     if name not in RUNTIMES:
         close = get_close_matches(name, RUNTIMES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(sorted(RUNTIMES))}"
         raise JobError("target.runtime", "must be a known runtime", repr(name), hint)
     module, attribute = RUNTIMES[name]
-    runtime: Runtime = getattr(importlib.import_module(module), attribute)()
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        rule = f"{name!r} needs the package {error.name!r}"
+        raise JobError("target.runtime", rule, "no such package", "install it, or choose another runtime") from error
+    known = inspect.signature(kind).parameters
+    for option in options or {}:
+        if option not in known:
+            hint = f"use some of {', '.join(known)}" if known else "leave them out"
+            raise JobError("target.options", f"must be options of {name!r}", repr(option), hint)
+    runtime: Runtime = kind(**(options or {}))
     return runtime

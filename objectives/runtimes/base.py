@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data.inputs import Inputs
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 """Inputs of an artifact: name to array, batch first."""
-
-FORMAT_OF_BITS = {32: "f32", 16: "bf16"}
-"""The float format that a width above 8 stands for."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,14 @@ class Target:
         device: What the runtime runs on, e.g. ``"cpu"``.
         batch_size: Samples per call.
         threads: Threads that one call may use.
+        options: The runtime's own choices, e.g. ``{"half": "fp16"}``.
     """
 
     runtime: str
     device: str = "cpu"
     batch_size: int = 1
     threads: int = 1
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,19 @@ class Capabilities:
     """What a runtime really executes on a device.
 
     Attributes:
-        float_bits: Float widths; all unquantized layers of an artifact share one.
-        integer_bits: Layer kind (class name) to the integer widths that run on integer kernels.
+        float_formats: Float width to its format, widest first; all unquantized layers of an artifact share one.
+        integer_bits: Layer kind (class name) to the widths of 8 and less that run on kernels of their own.
+        schemes: Such a width to how its layers must be quantized.
     """
 
-    float_bits: tuple[int, ...]
+    float_formats: Mapping[int, str]
     integer_bits: Mapping[str, tuple[int, ...]]
+    schemes: Schemes = field(default_factory=lambda: STATIC)
+
+    @property
+    def float_bits(self) -> tuple[int, ...]:
+        """Float widths, widest first."""
+        return tuple(self.float_formats)
 
     def widths(self, kind: str) -> tuple[int, ...]:
         """Widths of a layer of this kind, widest first."""
@@ -69,6 +76,7 @@ class LoadOptions:
     Attributes:
         batch_size: Fixed: static shapes are at least 1.4 times faster under OpenVINO.
         threads: Threads of one call.
+        device: What it runs on.
         float_bits: Width of all that isn't quantized.
         purpose: ``"measure"`` pins threads to cores; ``"score"`` leaves them to the scheduler, because several
             workers may score at once; ``"profile"`` times each layer, which slows the whole down.
@@ -78,6 +86,7 @@ class LoadOptions:
     threads: int = 1
     float_bits: int = 32
     purpose: Literal["measure", "score", "profile"] = "measure"
+    device: str = "cpu"
 
 
 class Session(ABC):
@@ -103,7 +112,18 @@ class Session(ABC):
 
 
 class Runtime(ABC):
-    """Turns compressed modules into artifacts and runs them. Stateless: one object serves all trials."""
+    """Turns compressed modules into artifacts and runs them. Stateless: one object serves all trials.
+
+    A runtime is made of its target's options, as keyword arguments; it raises JobError (``target.options``) for values
+    that it doesn't know.
+
+    Attributes:
+        suffix: Of the model file that `deploy` writes.
+        packages: Distributions whose versions decide what it executes.
+    """
+
+    suffix: str = ".onnx"
+    packages: tuple[str, ...]
 
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:

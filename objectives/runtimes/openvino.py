@@ -32,13 +32,15 @@ _KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 class OpenVINO(Runtime):
     """The default runtime on a CPU."""
 
+    packages = ("openvino",)
+
     def __init__(self) -> None:
         self._core = openvino.Core()
 
     def capabilities(self, device: str) -> Capabilities:
         _device(device)
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        floats = (32, 16) if "BF16" in found else (32,)
+        floats = {32: "f32", 16: "bf16"} if "BF16" in found else {32: "f32"}
         integers = (8,) if "INT8" in found else ()
         return Capabilities(floats, dict.fromkeys(_KINDS, integers))
 

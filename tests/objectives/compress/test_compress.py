@@ -49,8 +49,8 @@ def test_calibration_sees_the_batches(digit_splits: Splits) -> None:
     known = context(digit_splits, 2)
     plan = CompressionPlan(quantize=Quantization(bits={"conv1": 8}))
     module = compress_numerics(PlainCNN(), plan, known)
-    assert float(module.get_buffer("conv1.high")) == max(float(batch.inputs.max()) for batch in known.batches)  # type: ignore[union-attr]
-    assert float(module.get_buffer("conv1.scale")) == pytest.approx(1 / 255)
+    assert float(module.get_buffer("conv1.input.high")) == max(float(batch.inputs.max()) for batch in known.batches)  # type: ignore[union-attr]
+    assert float(module.get_buffer("conv1.input.scale")) == pytest.approx(1 / 255)
 
 
 def test_the_dense_plan_only_folds(digit_splits: Splits, trained: nn.Module) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paretune.objectives.compress.quantization import QuantizedLayer, freeze_quantizers, insert_quantizers
+from paretune.errors import TrialError
+from paretune.objectives.compress.quantization import (
+    QuantizedLayer,
+    StaticQuantizer,
+    freeze_quantizers,
+    insert_quantizers,
+    quantize_rows,
+)
+from paretune.objectives.compress.schemes import STATIC, Scheme, merge
+from paretune.spaces.graph import Forward
 from tests import nets
 
 LAYERS = [
@@ -21,23 +30,32 @@ LAYERS = [
 ]
 
 
-def frozen(layer: nn.Module, inputs: Tensor, bits: int = 8) -> QuantizedLayer:
-    quantized = QuantizedLayer(layer, bits).eval()
+def frozen(layer: nn.Module, inputs: Tensor, bits: int = 8, scheme: Scheme = Scheme()) -> QuantizedLayer:  # noqa: B008
+    quantized = QuantizedLayer(layer, bits, scheme).eval()
     with torch.no_grad():
         quantized(inputs)
     quantized.freeze()
     return quantized
 
 
+def static(quantized: QuantizedLayer) -> StaticQuantizer:
+    assert quantized.input is not None
+    return quantized.input
+
+
+def on(inputs: Tensor) -> Forward:
+    return lambda model: model(inputs)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(("build", "inputs"), LAYERS)
 def test_floats_pass_while_calibrating(build: type[nn.Module], inputs: Tensor) -> None:
     layer = build()
-    quantized = QuantizedLayer(layer, 8)
+    quantized = QuantizedLayer(layer, 8, Scheme())
     assert torch.equal(quantized(inputs), layer(inputs))
-    assert float(quantized.low) == pytest.approx(min(0.0, float(inputs.min())))
+    assert float(static(quantized).low) == pytest.approx(min(0.0, float(inputs.min())))
     quantized(inputs + 10)
-    assert float(quantized.high) == pytest.approx(float(inputs.max()) + 10)
-    assert float(quantized.low) == pytest.approx(min(0.0, float(inputs.min()))), "ranges only grow"
+    assert float(static(quantized).high) == pytest.approx(float(inputs.max()) + 10)
+    assert float(static(quantized).low) == pytest.approx(min(0.0, float(inputs.min()))), "ranges only grow"
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -58,7 +76,9 @@ def test_every_weight_lies_on_the_grid(build: type[nn.Module], inputs: Tensor, b
     if isinstance(layer, nn.Linear):
         size = weight.shape[1]
         outputs = quantized(torch.eye(size)) - (0 if layer.bias is None else layer.bias)
-        one = quantized.scale * torch.round(1 / quantized.scale).clamp(max=255 - int(quantized.zero_point))
+        one = static(quantized).scale * torch.round(1 / static(quantized).scale).clamp(
+            max=255 - int(static(quantized).zero_point)
+        )
         found = (outputs / one).T.detach()
     else:
         layer._conv_forward = remember  # type: ignore[assignment]
@@ -84,8 +104,8 @@ def test_every_weight_lies_on_the_grid(build: type[nn.Module], inputs: Tensor, b
 )
 def test_grid_of_the_inputs(low: float, high: float, zero_point: int) -> None:
     quantized = frozen(nn.Linear(2, 1), torch.tensor([[low, high]]))
-    assert float(quantized.scale) == pytest.approx(0.01)
-    assert int(quantized.zero_point) == zero_point
+    assert float(static(quantized).scale) == pytest.approx(0.01)
+    assert int(static(quantized).zero_point) == zero_point
 
 
 def test_inputs_are_rounded_and_clipped() -> None:
@@ -149,7 +169,7 @@ def test_autocast_doesnt_touch_the_grid() -> None:
 def test_insert_and_freeze() -> None:
     model = nets.PlainCNN().eval()
     kept = model.conv2
-    insert_quantizers(model, {"conv1": 8, "conv2": 16, "fc1": 4, "fc2": 32})
+    insert_quantizers(model, {"conv1": 8, "conv2": 16, "fc1": 4, "fc2": 32}, STATIC, on(nets.image(2, 1)))
     wrapped = {name: module.bits for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     assert wrapped == {"conv1": 8, "fc1": 4}
     assert model.conv2 is kept
@@ -173,7 +193,7 @@ def test_insert_and_freeze() -> None:
 def test_strided_convolutions_compute_the_same(layer: nn.Module, inputs: Tensor) -> None:
     """Where only some positions are read, they are taken first; the result must not show it."""
     quantized = frozen(layer, inputs)
-    q = torch.fake_quantize_per_tensor_affine(inputs, quantized.scale, quantized.zero_point, 0, 255)
+    q = torch.fake_quantize_per_tensor_affine(inputs, static(quantized).scale, static(quantized).zero_point, 0, 255)
     reference = copy.deepcopy(layer)
     reference.weight.data = torch.fake_quantize_per_channel_affine(
         layer.weight.data,  # type: ignore[arg-type]
@@ -184,3 +204,111 @@ def test_strided_convolutions_compute_the_same(layer: nn.Module, inputs: Tensor)
         127,
     )
     torch.testing.assert_close(quantized(inputs), reference(q), atol=1e-5, rtol=1e-5)
+
+
+OUTPUTS = {8: Scheme(outputs=("Conv2d",))}
+
+
+class Rectified(nn.Module):
+    """A convolution for each thing that may read one; inputs (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.Conv2d(3, 4, 1)
+        self.relu6 = nn.Conv2d(4, 4, 1)
+        self.tanh = nn.Conv2d(4, 4, 1)
+        self.read_twice = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.relu6(self.relu(x).relu_()))
+        x = self.read_twice(nn.functional.hardtanh(self.tanh(x)))
+        return self.head((x.relu() + x).mean((2, 3)))
+
+
+def test_outputs_are_quantized_where_the_scheme_says() -> None:
+    torch.manual_seed(0)
+    model = Rectified().eval()
+    insert_quantizers(model, dict.fromkeys(dict(model.named_children()), 8), OUTPUTS, on(nets.image()))
+    layers = {name: part for name, part in model.named_children() if isinstance(part, QuantizedLayer)}
+    ceilings = {name: part.output.ceiling for name, part in layers.items() if part.output is not None}
+    assert ceilings == {"relu": float("inf"), "relu6": 6.0, "tanh": None, "read_twice": None}
+    model(nets.image())
+    freeze_quantizers(model)
+    watched: list[Tensor] = []
+    for name in ceilings:
+        layers[name].layer.bias.data -= 0.5  # type: ignore[operator, union-attr]
+        layers[name].register_forward_hook(lambda _module, _inputs, output: watched.append(output))
+    with torch.no_grad():
+        model(nets.image())
+    assert all(len(output.unique()) <= 256 for output in watched)
+    assert [bool(output.min() >= 0) for output in watched[:3]] == [True, True, False], "a rectifier cuts nothing"
+
+
+def test_symmetric_grids_have_no_zero_point() -> None:
+    quantized = frozen(nn.Linear(1, 1), torch.tensor([[-0.5], [1.27]]), scheme=Scheme(symmetric=True))
+    assert float(static(quantized).scale) == pytest.approx(0.01)
+    assert int(static(quantized).zero_point) == 0
+    outputs = static(quantized)(torch.tensor([-9.0, -0.004, 0.006, 9.0])).tolist()
+    assert outputs == pytest.approx([-1.28, 0.0, 0.01, 1.27])
+
+
+@pytest.mark.parametrize("number", ["int", "fp8"])
+def test_dynamic_inputs_have_a_grid_for_each_row(number: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 64) * torch.tensor([1e-3, 1.0, 1e3]).reshape(3, 1, 1)
+    rounded = quantize_rows(x, number)
+    assert rounded.shape == x.shape
+    largest = x.abs().amax(-1, keepdim=True)
+    step = largest / 254 if number == "int" else (x.abs() / 16).maximum(largest / 448 / 512)
+    assert bool(((rounded - x).abs() <= step * 1.001).all())
+    assert not torch.equal(rounded, x)
+    assert bool(torch.isfinite(quantize_rows(torch.zeros(2, 4), number)).all())
+
+
+@pytest.mark.parametrize("number", ["int", "fp8"])
+def test_dynamic_layers_train(number: str) -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(16, 4), torch.randn(8, 16, requires_grad=True)
+    quantized = frozen(layer, inputs, scheme=Scheme(activations="dynamic", number=number)).train()  # type: ignore[arg-type]
+    outputs = quantized(inputs)
+    torch.testing.assert_close(outputs, layer(inputs), atol=0.1, rtol=0.05)
+    outputs.sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, inputs.detach().sum(0).expand(4, 16), atol=0.2, rtol=0.05)
+
+
+def test_weights_in_blocks() -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(64, 6), torch.randn(8, 64)
+    layer.weight.data[:, :32] *= 100
+    scheme = Scheme(activations="float", block=32)
+    quantized = frozen(layer, inputs, 4, scheme)
+    assert quantized.weight_scale.shape == (12,)
+    levels = quantized.quantized_weight().reshape(12, 32) / quantized.weight_scale[:, None]
+    torch.testing.assert_close(levels, levels.round())
+    assert int(levels.round().abs().max()) == 7
+    error = (quantized.quantized_weight() - layer.weight).abs().reshape(12, 32).amax(1)
+    assert bool((error <= quantized.weight_scale / 2 + 1e-6).all())
+    expected = nn.functional.linear(inputs, quantized.quantized_weight(), layer.bias)
+    assert torch.equal(quantized(inputs), expected), "activations stay floats"
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "got"),
+    [
+        pytest.param(nn.Linear(24, 4), torch.randn(2, 24), "which has 24", id="no whole number of blocks"),
+        pytest.param(nn.Conv2d(3, 32, 1), nets.image(), "isn't linear", id="a convolution"),
+    ],
+)
+def test_what_cant_be_parted_into_blocks_fails(layer: nn.Module, inputs: Tensor, got: str) -> None:
+    with pytest.raises(TrialError, match=got):
+        insert_quantizers(nn.Sequential(layer), {"0": 4}, {**STATIC, 4: Scheme("float", block=16)}, on(inputs))
+
+
+def test_schemes_of_two_runtimes() -> None:
+    dynamic, blocks = Scheme(activations="dynamic"), Scheme(activations="float", block=32)
+    assert merge(STATIC, OUTPUTS) == OUTPUTS
+    assert merge(STATIC, {8: dynamic, 4: blocks}) == {}
+    assert merge({**STATIC, 4: blocks}, {**OUTPUTS, 4: blocks}) == {**OUTPUTS, 4: blocks}
+    assert {width: Scheme.from_dict(scheme.to_dict()) for width, scheme in OUTPUTS.items()} == OUTPUTS

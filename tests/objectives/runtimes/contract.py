@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from paretune.errors import JobError, TrialError
 from paretune.objectives.compress.batchnorm import fold_batchnorm
 from paretune.objectives.compress.quantization import freeze_quantizers, insert_quantizers
+from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data import Inputs, Splits, call
 from paretune.objectives.runtimes import LoadOptions, Runtime, Session
 from paretune.objectives.runtimes.onnx_export import named_arrays
@@ -80,12 +81,18 @@ NETS = [
 ]
 
 
-def prepared(build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int) -> nn.Module:
+def prepared(
+    build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int, schemes: Schemes = STATIC
+) -> nn.Module:
     """A module as it is deployed: batch norm folded, quantizers calibrated and frozen."""
+
+    def forward(model: nn.Module) -> Tensor:
+        return call(model, inputs)
+
     torch.manual_seed(0)
-    module = fold_batchnorm(build(), lambda model: call(model, inputs))
-    names = execution_order(module, lambda model: call(model, inputs))
-    insert_quantizers(module, dict.fromkeys(names, bits) if isinstance(bits, int) else bits)
+    module = fold_batchnorm(build(), forward)
+    names = execution_order(module, forward)
+    insert_quantizers(module, dict.fromkeys(names, bits) if isinstance(bits, int) else bits, schemes, forward)
     with torch.no_grad():
         call(module, inputs)
     freeze_quantizers(module)
@@ -108,6 +115,12 @@ class RuntimeContract:
     @pytest.fixture
     def runtime(self) -> Runtime:
         raise NotImplementedError
+
+    def prepared(
+        self, runtime: Runtime, build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int
+    ) -> nn.Module:
+        """A module quantized as the runtime wants it."""
+        return prepared(build, inputs, bits, runtime.capabilities(self.device).schemes)
 
     def _load(
         self, runtime: Runtime, module: nn.Module, example: Inputs, path: Path, batch: int, float_bits: int = 32
@@ -134,7 +147,7 @@ class RuntimeContract:
     def test_float32_agrees_with_the_module(
         self, runtime: Runtime, tmp_path: Path, build: Callable[[], nn.Module], inputs: SeededInputs
     ) -> None:
-        module = prepared(build, inputs(2), 32)
+        module = self.prepared(runtime, build, inputs(2), 32)
         runtime.deploy(module, inputs(2), tmp_path / "model.onnx")
         for batch in (1, 3):
             session = runtime.load(tmp_path / "model.onnx", LoadOptions(batch))
@@ -152,7 +165,7 @@ class RuntimeContract:
     ) -> None:
         if 16 not in runtime.capabilities(self.device).float_bits:
             pytest.skip("the device doesn't execute bf16")
-        module = prepared(build, inputs(2), 32)
+        module = self.prepared(runtime, build, inputs(2), 32)
         session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", 3, 16)
         with torch.no_grad():
             expected = call(module, inputs(3)).numpy()
@@ -164,7 +177,7 @@ class RuntimeContract:
     def test_int8_agrees_with_the_fake_quantized_module(
         self, runtime: Runtime, tmp_path: Path, build: Callable[[], nn.Module], inputs: SeededInputs
     ) -> None:
-        module = prepared(build, inputs(64), 8)
+        module = self.prepared(runtime, build, inputs(64), 8)
         session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", 64)
         with torch.no_grad():
             expected = call(module, inputs(64)).numpy()
@@ -177,7 +190,7 @@ class RuntimeContract:
     ) -> None:
         train, validation = digit_splits.train.head(256).inputs, digit_splits.validation.inputs
         assert isinstance(validation, Tensor)
-        module = prepared(lambda: copy.deepcopy(trained), train, 8)
+        module = self.prepared(runtime, lambda: copy.deepcopy(trained), train, 8)
         session = self._load(runtime, module, validation[:2], tmp_path / "model.onnx", len(validation))
         with torch.no_grad():
             expected = module(validation).argmax(1).numpy()
@@ -200,7 +213,7 @@ class RuntimeContract:
         low = [name for i, name in enumerate(names) if choose.get(mix, lambda _: rng.random() < 0.5)(i)]
         for float_bits, batch in zip(capabilities.float_bits, (1, 16, 3), strict=False):
             asked = {name: 8 if name in low else float_bits for name in names}
-            module = prepared(build, inputs(2), asked)
+            module = self.prepared(runtime, build, inputs(2), asked)
             session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", batch, float_bits)
             reports = session.layers()
             found = {name: reports[name].bits for name in names if name in reports}
@@ -223,14 +236,14 @@ class RuntimeContract:
         names = [name for name in names_of(build, inputs(2)) if kinds[name] == kind]
         assert names
         for bits in widths:
-            module = prepared(build, inputs(2), dict.fromkeys(names, bits))
+            module = self.prepared(runtime, build, inputs(2), dict.fromkeys(names, bits))
             float_bits = bits if bits > 8 else 32
             session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", 4, float_bits)
             reports = session.layers()
             assert {reports[name].bits for name in names} == {bits}
 
     def test_profile_gives_every_layer_its_share(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.Residual, nets.image(), 32)
+        module = self.prepared(runtime, nets.Residual, nets.image(), 32)
         path = tmp_path / "model.onnx"
         runtime.deploy(module, nets.image(), path)
         session = runtime.load(path, LoadOptions(8, purpose="profile"))
@@ -243,7 +256,7 @@ class RuntimeContract:
         assert all(report.share == 0 for report in self._load(runtime, module, nets.image(), path, 8).layers().values())
 
     def test_bound_calls_run_again_and_again(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.TwoInputs, nets.image_and_numbers(), 8)
+        module = self.prepared(runtime, nets.TwoInputs, nets.image_and_numbers(), 8)
         session = self._load(runtime, module, nets.image_and_numbers(), tmp_path / "model.onnx", 4)
         arrays = named_arrays(nets.image_and_numbers(4))
         before = session.run(arrays)
@@ -253,7 +266,7 @@ class RuntimeContract:
         np.testing.assert_array_equal(session.run(arrays), before)
 
     def test_loading_twice_gives_equal_outputs(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.Residual, nets.image(), 8)
+        module = self.prepared(runtime, nets.Residual, nets.image(), 8)
         first = self._load(runtime, module, nets.image(), tmp_path / "one.onnx", 4)
         again = runtime.load(tmp_path / "one.onnx", LoadOptions(4))
         other = self._load(runtime, module, nets.image(), tmp_path / "other.onnx", 4)
@@ -263,7 +276,7 @@ class RuntimeContract:
         assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
 
     def test_outputs_are_the_callers_own(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.MLP, nets.vector(), 32)
+        module = self.prepared(runtime, nets.MLP, nets.vector(), 32)
         session = self._load(runtime, module, nets.vector(), tmp_path / "model.onnx", 2)
         first = session.run(named_arrays(nets.vector(2)))
         kept = first.copy()
@@ -271,7 +284,7 @@ class RuntimeContract:
         np.testing.assert_array_equal(first, kept)
 
     def test_deploying_leaves_the_module_alone(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.Residual, nets.image(), 8)
+        module = self.prepared(runtime, nets.Residual, nets.image(), 8)
         state = copy.deepcopy(module.state_dict())
         runtime.deploy(module, nets.image(), tmp_path / "model.onnx")
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
@@ -289,7 +302,7 @@ class RuntimeContract:
 
         sizes = []
         for bits in (32, 8):
-            runtime.deploy(prepared(Wide, nets.vector(), bits), nets.vector(), tmp_path / f"{bits}")
+            runtime.deploy(self.prepared(runtime, Wide, nets.vector(), bits), nets.vector(), tmp_path / f"{bits}")
             sizes.append((tmp_path / f"{bits}").stat().st_size)
         assert sizes[1] < 0.3 * sizes[0]
 
@@ -307,12 +320,12 @@ class RuntimeContract:
 
         sizes = set()
         for build in (lambda: copy.deepcopy(trained), nets.PlainCNN, zeros):
-            runtime.deploy(prepared(build, inputs, bits), inputs, tmp_path / "model.onnx")
+            runtime.deploy(self.prepared(runtime, build, inputs, bits), inputs, tmp_path / "model.onnx")
             sizes.add((tmp_path / "model.onnx").stat().st_size)
         assert len(sizes) == 1
 
     def test_a_fixed_batch_fails_the_trial_with_a_remedy(self, runtime: Runtime, tmp_path: Path) -> None:
-        module = prepared(nets.FixedBatch, nets.vector(), 32)
+        module = self.prepared(runtime, nets.FixedBatch, nets.vector(), 32)
         runtime.deploy(module, nets.vector(), tmp_path / "model.onnx")
         with pytest.raises(TrialError, match="don't fix the batch size in forward"):
             session = runtime.load(tmp_path / "model.onnx", LoadOptions(5))
