@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-Call = Callable[[], object]
-Array = np.ndarray[Any, Any]
+from paretune.objectives.clocks import Array, Call, Clock, WallClock, is_spoilt, warm_up
+
+_BLOCK = 50
+"""Pairs between two looks at the interval and at the state of the device; even, so that who is first alternates on."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,23 @@ class Protocol:
     """How long to measure.
 
     Attributes:
-        warmup_seconds: Both sides are called in turn for this long before the clock counts.
+        warmup_seconds: Both sides are called in turn for this long before the clock counts; 0 for no warm-up.
+        max_warmup_seconds: The warm-up goes on for at most this long while the times aren't stable yet.
         min_calls: Calls of each side at the least.
         max_calls: Calls of each side at the most.
         max_seconds: No new round begins after this, once `min_calls` is reached.
+        max_repeats: Blocks thrown away at the most because a GPU throttled; after that they are kept, and counted.
         width: Stop when the interval of the speed-up is narrower than this share of it.
         resamples: Bootstrap resamples.
         level: Coverage of the intervals.
     """
 
     warmup_seconds: float = 0.1
+    max_warmup_seconds: float = 0.5
     min_calls: int = 100
     max_calls: int = 1000
     max_seconds: float = 0.5
+    max_repeats: int = 10
     width: float = 0.01
     resamples: int = 200
     level: float = 0.95
@@ -50,6 +54,11 @@ class Latency:
         speedup_low: Lower end of its interval; pairs are resampled together.
         speedup_high: Upper end.
         calls: Calls of each side.
+        p95_ms: 95th percentile: the candidate's slow calls; None in records of versions that didn't keep it.
+        clock: What timed the calls: ``"wall"`` or ``"cuda events"``.
+        discarded: Pairs thrown away because the GPU throttled or changed its clock meanwhile.
+        throttled: Pairs that were kept all the same, after too many had been thrown away; None where the state of
+            the device isn't readable.
     """
 
     median_ms: float
@@ -61,30 +70,52 @@ class Latency:
     speedup_low: float
     speedup_high: float
     calls: int
+    p95_ms: float | None = None
+    clock: str = WallClock.name
+    discarded: int = 0
+    throttled: int | None = None
 
 
-def measure_paired(candidate: Call, baseline: Call, protocol: Protocol = Protocol()) -> Latency:
+def measure_paired(
+    candidate: Call, baseline: Call, protocol: Protocol = Protocol(), clock: Clock | None = None
+) -> Latency:
     """Time both sides call by call in turn, so that a drift of the machine meets both alike.
 
     The order within a pair alternates. Whoever calls makes sure that nothing else of ours runs on the device
     (`paretune.objectives.device.Device.exclusive`): pairing removes noise, but not the bias of a busy machine.
+
+    Args:
+        candidate: What is measured.
+        baseline: What it is compared with.
+        protocol: How long to measure.
+        clock: What times them, see `paretune.objectives.clocks.clock_for`; the wall clock where None.
     """
-    end = time.perf_counter() + protocol.warmup_seconds
-    while time.perf_counter() < end:
-        candidate()
-        baseline()
-    pairs: list[tuple[float, float]] = []
+    clock = clock or WallClock()
+    if protocol.warmup_seconds > 0:
+        limits = protocol.warmup_seconds, max(protocol.warmup_seconds, protocol.max_warmup_seconds)
+        warm_up(clock, candidate, baseline, least_seconds=limits[0], most_seconds=limits[1])
+    size = min(_BLOCK, protocol.min_calls + protocol.min_calls % 2)
+    blocks: list[Array] = []
+    discarded = throttled = 0
     begin = time.perf_counter()
     while True:
-        for _ in range(min(50, protocol.min_calls)):
-            pairs.append(_pair(candidate, baseline, candidate_first=len(pairs) % 2 == 0))
-        if len(pairs) < protocol.min_calls:
+        before = clock.state()
+        block = clock.time_pairs(candidate, baseline, size)
+        spoilt = is_spoilt(before, clock.state())
+        if spoilt and discarded < protocol.max_repeats * size:
+            discarded += size
+        else:
+            blocks.append(block)
+            throttled += size * spoilt
+        calls = size * len(blocks)
+        if calls < protocol.min_calls:
             continue
-        latency = summarize(np.array(pairs) * 1e3, protocol)
+        latency = summarize(np.concatenate(blocks), protocol)
         narrow = latency.speedup_high - latency.speedup_low <= protocol.width * latency.speedup
         spent = time.perf_counter() - begin
-        if narrow or len(pairs) >= protocol.max_calls or spent >= protocol.max_seconds:
-            return latency
+        if narrow or calls >= protocol.max_calls or spent >= protocol.max_seconds:
+            kept = throttled if before.readable else None
+            return replace(latency, clock=clock.name, discarded=discarded, throttled=kept)
 
 
 def summarize(pairs: Array, protocol: Protocol = Protocol()) -> Latency:
@@ -106,14 +137,5 @@ def summarize(pairs: Array, protocol: Protocol = Protocol()) -> Latency:
         speedup_low=float(speedup_low),
         speedup_high=float(speedup_high),
         calls=len(pairs),
+        p95_ms=float(np.percentile(pairs[:, 0], 95)),
     )
-
-
-def _pair(candidate: Call, baseline: Call, *, candidate_first: bool) -> tuple[float, float]:
-    first, second = (candidate, baseline) if candidate_first else (baseline, candidate)
-    start = time.perf_counter()
-    first()
-    middle = time.perf_counter()
-    second()
-    end = time.perf_counter()
-    return (middle - start, end - middle) if candidate_first else (end - middle, middle - start)

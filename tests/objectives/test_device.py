@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from paretune.objectives.device import Device
+from paretune.errors import JobError
+from paretune.objectives.device import Device, foreign_processes, gpu_uuid, is_cuda, lock_name
+from paretune.objectives.nvml import GpuProcess, GpuState
 
 PATIENCE = 30.0
 MOMENT = 0.3
@@ -236,3 +239,57 @@ def test_lock_files_are_private(tmp_path: Path, name: str) -> None:
         (folder,) = tmp_path.glob("paretune-*")
         assert folder.stat().st_mode & 0o077 == 0
         assert sorted(path.name for path in folder.iterdir()) == ["cuda-0-a.gate", "cuda-0-a.lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cuda", True),
+        ("cuda:0", True),
+        ("cuda:12", True),
+        ("CUDA", False),
+        ("cpu", False),
+        ("GPU.0", False),
+        ("cuda:", False),
+    ],
+)
+def test_which_names_are_cuda(name: str, expected: bool) -> None:
+    assert is_cuda(name) is expected
+
+
+def test_a_gpu_is_locked_by_its_uuid() -> None:
+    """One worker sees both GPUs, another only the second, as its first."""
+    both = {"cuda": "AAAA-11", "cuda:0": "AAAA-11", "cuda:1": "BBBB-22"}
+    second = {"cuda": "BBBB-22", "cuda:0": "BBBB-22"}
+    assert lock_name("cuda", both.__getitem__) == lock_name("cuda:0", both.__getitem__) == "gpu-aaaa-11"
+    assert lock_name("cuda:1", both.__getitem__) == lock_name("cuda:0", second.__getitem__) == "gpu-bbbb-22"
+
+
+def test_other_devices_are_locked_by_name() -> None:
+    def never(name: str) -> str:
+        raise AssertionError(name)
+
+    assert [lock_name(name, never) for name in ("cpu", "GPU.0", "cuda:0/a")] == ["cpu", "gpu.0", "cuda-0-a"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_isnt_there() -> None:
+    with pytest.raises(JobError, match=r"'cuda:1' with 0 of them visible"):
+        Device("cuda:1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_has_one_lock_under_both_names() -> None:
+    assert uuid.UUID(gpu_uuid("cuda"))
+    assert lock_name("cuda") == lock_name(f"cuda:{torch.cuda.current_device()}")
+    with pytest.raises(JobError, match="must be a GPU that PyTorch sees"):
+        gpu_uuid(f"cuda:{torch.cuda.device_count()}")
+
+
+def test_foreign_processes() -> None:
+    ours, theirs = GpuProcess(1, 100), GpuProcess(2, None)
+    state = GpuState(processes=(ours, theirs))
+    assert foreign_processes(state, [1, 3]) == (theirs,)
+    assert foreign_processes(state, [1, 2]) == ()
+    assert foreign_processes(GpuState(processes=None), [1]) is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from paretune.objectives.clocks import Clock
 from paretune.objectives.latency import Latency, Protocol, measure_paired, summarize
+from paretune.objectives.nvml import ClockState
 
 
 class Calls:
@@ -35,16 +38,17 @@ def drift(calls: int, seed: int = 0) -> np.ndarray:
 
 def test_summary_of_equal_calls() -> None:
     latency = summarize(np.tile([2.0, 6.0], (10, 1)))
-    assert latency == Latency(2.0, 2.0, 2.0, 2.0, 6.0, 3.0, 3.0, 3.0, 10)
+    assert latency == Latency(2.0, 2.0, 2.0, 2.0, 6.0, 3.0, 3.0, 3.0, 10, p95_ms=2.0)
 
 
-def test_medians_and_percentile() -> None:
+def test_medians_and_percentiles() -> None:
     pairs = np.array([[1.0, 10.0], [2.0, 30.0], [3.0, 20.0], [4.0, 50.0], [100.0, 40.0]])
     latency = summarize(pairs)
     assert latency.median_ms == 3.0
     assert latency.baseline_ms == 30.0
     assert latency.speedup == 10.0
     assert latency.p5_ms == pytest.approx(1.2)
+    assert latency.p95_ms == pytest.approx(80.8)
     assert latency.calls == 5
 
 
@@ -131,3 +135,71 @@ def test_errors_of_a_side_are_raised() -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         measure_paired(broken, lambda: None, NO_WARMUP)
+
+
+def test_records_of_older_versions_can_still_be_read() -> None:
+    old = {
+        "median_ms": 1.0,
+        "low_ms": 0.9,
+        "high_ms": 1.1,
+        "p5_ms": 0.95,
+        "baseline_ms": 2.0,
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+        "calls": 100,
+    }
+    latency = Latency(**old)
+    assert (latency.p95_ms, latency.clock, latency.discarded, latency.throttled) == (None, "wall", 0, None)
+
+
+def test_the_wall_clock_is_the_default() -> None:
+    latency = Calls().measure(NO_WARMUP)
+    assert (latency.clock, latency.discarded, latency.throttled) == ("wall", 0, None)
+
+
+GOOD, HOT = ClockState(1980, ()), ClockState(1980, ("hardware thermal slowdown",))
+
+
+class Throttling(Clock):
+    """A GPU that is hot in its first blocks, and then twice as slow."""
+
+    name = "throttling"
+
+    def __init__(self, hot_blocks: int) -> None:
+        self._hot = hot_blocks
+        self.blocks = 0
+
+    def time_pairs(self, candidate: Callable[[], object], baseline: Callable[[], object], pairs: int) -> np.ndarray:
+        self.blocks += 1
+        return np.full((pairs, 2), 2.0 if self.blocks <= self._hot else 1.0)
+
+    def state(self) -> ClockState:
+        return HOT if 0 < self.blocks <= self._hot else GOOD
+
+    def measure(self, max_repeats: int) -> Latency:
+        protocol = Protocol(warmup_seconds=0.0, min_calls=20, max_calls=20, max_repeats=max_repeats)
+        return measure_paired(lambda: None, lambda: None, protocol, self)
+
+
+def test_throttled_blocks_are_thrown_away_and_repeated() -> None:
+    clock = Throttling(hot_blocks=3)
+    latency = clock.measure(max_repeats=10)
+    # A fourth goes as well: it began hot.
+    assert (clock.blocks, latency.discarded, latency.throttled, latency.calls) == (5, 80, 0, 20)
+    assert (latency.median_ms, latency.clock) == (1.0, "throttling")
+
+
+def test_a_gpu_that_stays_hot_is_measured_hot_and_says_so() -> None:
+    clock = Throttling(hot_blocks=100)
+    latency = clock.measure(max_repeats=3)
+    assert (clock.blocks, latency.discarded, latency.throttled, latency.calls) == (4, 60, 20, 20)
+    assert latency.median_ms == 2.0
+
+
+@pytest.mark.parametrize("least", [1, 7, 99])
+def test_an_odd_number_of_calls_still_alternates(least: int) -> None:
+    calls = Calls()
+    calls.measure(Protocol(warmup_seconds=0.0, min_calls=least, max_calls=least))
+    assert calls.log.count("candidate") >= least
+    assert calls.log[::4] == calls.log[3::4] == ["candidate"] * (len(calls.log) // 4)
