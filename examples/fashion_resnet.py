@@ -72,7 +72,7 @@ def build(width: int = 16) -> nn.Module:
 
 def _flip(inputs: Inputs, generator: torch.Generator) -> Inputs:
     def flip(images: Tensor) -> Tensor:
-        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
         return torch.where(mirrored, images.flip(-1), images)
 
     return map_tensors(flip, inputs)

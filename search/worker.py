@@ -17,6 +17,7 @@ import cloudpickle
 import torch
 
 from paretune.errors import ParetuneError
+from paretune.objectives.accelerator import share_gpu, training_device
 from paretune.objectives.evaluate import Evaluator
 from paretune.search.problem import load_evaluator
 
@@ -31,6 +32,7 @@ def main(descriptor: int) -> None:
     connection: Connection[Any, Any] = Connection(descriptor)
     sys.path[:] = _receive(connection)
     job, run = _receive(connection)
+    share_gpu(training_device(job.finetune.device), job.search.workers)
     evaluator = load_evaluator(job, run)
     connection.send("ready")
     while True:

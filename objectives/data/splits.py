@@ -172,7 +172,8 @@ class Splits:
         train: What fine-tuning sees.
         validation: What the search compares trials on.
         test: What nothing sees but the final verification.
-        augment: Applied to the inputs of each training batch. None means that the data aren't augmented, so
+        augment: Applied to the inputs of each training batch, with a generator; both are on the training device, and
+            so must be what it makes (``device=generator.device``). None means that the data aren't augmented, so
             that the teacher's outputs can be computed once.
     """
 
