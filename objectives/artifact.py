@@ -1,8 +1,9 @@
 """Artifacts: deployable model folders without pickles, which give the same outputs wherever they are loaded.
 
 An artifact folder holds `plan.json`, `weights.safetensors` (the compressed module, float master weights and
-quantizers), `model.onnx` (what is deployed and measured), `probe.safetensors` (one batch of real inputs and the
-artifact's outputs for them) and `card.json` (metrics, environment, hashes of the other files).
+quantizers), `model.onnx` (what is deployed and measured; a target with a runtime of its own has a file of its own,
+`model@NAME.onnx`), `probe.safetensors` (one batch of real inputs and the artifact's outputs for them) and `card.json`
+(targets, metrics, environment, hashes of the other files).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,50 @@ from paretune.objectives.compress.schemes import Scheme, Schemes
 from paretune.objectives.environment import environment
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import LoadOptions, Session, Target, get_runtime
+from paretune.objectives.runtimes import LoadOptions, Runtime, Session, Target, get_runtime
 from paretune.objectives.runtimes.base import Array
 from paretune.spaces.plan import CompressionPlan
 
 SCHEMA = 1
-MODEL, PLAN, WEIGHTS, PROBE, CARD = (
-    "model.onnx",
-    "plan.json",
-    "weights.safetensors",
-    "probe.safetensors",
-    "card.json",
-)
-FILES = (PLAN, WEIGHTS, MODEL, PROBE)
-"""All that an artifact holds beside its card."""
-
+PLAN, WEIGHTS, PROBE, CARD = "plan.json", "weights.safetensors", "probe.safetensors", "card.json"
 _OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """An artifact on one target.
+
+    Attributes:
+        target: Where it was measured.
+        model: Name of the model file.
+        float_bits: Width of all that isn't quantized.
+        float_format: Its name, e.g. ``"bf16"``.
+        settings: The runtime's settings under which it was measured.
+    """
+
+    target: Target
+    model: str
+    float_bits: int
+    float_format: str
+    settings: dict[str, str | int | bool]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return {**self.__dict__, "target": {**self.target.__dict__}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Deployed:
+        """Undo `to_dict`."""
+        return cls(**data | {"target": Target(**data["target"])})
+
+    def options(self) -> LoadOptions:
+        """How it was loaded to be measured."""
+        target = self.target
+        return LoadOptions(target.batch_size, target.threads, self.float_bits, device=target.device)
+
+    def runtime(self) -> Runtime:
+        """What runs it."""
+        return get_runtime(self.target.runtime, self.target.options)
 
 
 @dataclass(frozen=True)
@@ -49,22 +79,18 @@ class Card:
     """What is known of an artifact.
 
     Attributes:
-        target: Where it was measured.
-        float_bits: Width of all that isn't quantized.
-        float_format: Its name, e.g. ``"bf16"``.
+        main: The artifact on the job's first target.
+        others: The same for each further target, by name.
         schemes: How quantized layers are quantized: with the plan, what the module's shape depends on.
-        settings: The runtime's settings under which it was measured.
         metrics: Its measurement, by split: ``{"validation": {"accuracy": …}}``.
         environment: Versions and hardware of the measurement.
         plan_hash: Canonical hash of the plan.
         files: File name to SHA-256.
     """
 
-    target: Target
-    float_bits: int
-    float_format: str
+    main: Deployed
+    others: dict[str, Deployed]
     schemes: Schemes
-    settings: dict[str, str | int | bool]
     metrics: dict[str, dict[str, Any]]
     environment: dict[str, Any]
     plan_hash: str
@@ -72,8 +98,16 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the schema's version."""
-        schemes = {str(width): scheme.to_dict() for width, scheme in self.schemes.items()}
-        return {"schema": SCHEMA, **self.__dict__, "target": self.target.__dict__, "schemes": schemes}
+        return {
+            "schema": SCHEMA,
+            **self.main.to_dict(),
+            "others": {name: deployed.to_dict() for name, deployed in self.others.items()},
+            "schemes": {str(width): scheme.to_dict() for width, scheme in self.schemes.items()},
+            "metrics": self.metrics,
+            "environment": self.environment,
+            "plan_hash": self.plan_hash,
+            "files": self.files,
+        }
 
     @classmethod
     def read(cls, folder: Path) -> Card:
@@ -88,45 +122,61 @@ class Card:
         data = json.loads(path.read_text())
         if data.pop("schema", None) != SCHEMA:
             raise JobError("artifact", f"must have schema {SCHEMA}", folder, "read it with the version that wrote it")
-        schemes = {int(width): Scheme.from_dict(scheme) for width, scheme in data["schemes"].items()}
-        return cls(**data | {"target": Target(**data["target"]), "schemes": schemes})
+        main = {entry.name: data.pop(entry.name) for entry in fields(Deployed)}
+        data["schemes"] = {int(width): Scheme.from_dict(scheme) for width, scheme in data["schemes"].items()}
+        data["others"] = {name: Deployed.from_dict(other) for name, other in data["others"].items()}
+        return cls(main=Deployed.from_dict(main), **data)
+
+    @property
+    def deployed(self) -> dict[str, Deployed]:
+        """On every target, by name; the first has none (``""``)."""
+        return {"": self.main, **self.others}
 
 
 def save_artifact(
     folder: Path,
     module: nn.Module,
     plan: CompressionPlan,
-    session: Session,
+    sessions: Mapping[str, Session],
     problem: Problem,
     *,
-    float_bits: int,
+    float_bits: Mapping[str, int],
     validation: Measurement,
 ) -> None:
-    """Complete an artifact folder that holds the model file already; the card comes last.
+    """Complete an artifact folder that holds the model files already; the card comes last.
 
     Args:
-        folder: Holds `model.onnx`.
+        folder: Holds the model file of each target.
         module: What was deployed.
         plan: How it was made.
-        session: The deployed model, loaded for the problem's target.
-        problem: Gives the probe's inputs and the target.
-        float_bits: Width of all that isn't quantized.
+        sessions: Target's name to the model, loaded to be measured.
+        problem: Gives the targets and the probe's inputs.
+        float_bits: Target's name to the width of all that isn't quantized.
         validation: Its measurement.
     """
     (folder / PLAN).write_text(plan.to_json() + "\n")
     save_model(module, str(folder / WEIGHTS))  # shared tensors are stored once
-    inputs = problem.batch()
-    save_arrays({**inputs, _OUTPUT: session.run(inputs)}, folder / PROBE)
+    inputs = problem.batch(problem.target.batch_size)
+    save_arrays({**inputs, _OUTPUT: sessions[""].run(inputs)}, folder / PROBE)
+    deployed = {
+        name: Deployed(
+            target=site.target,
+            model=site.model,
+            float_bits=float_bits[name],
+            float_format=site.capabilities.float_formats[float_bits[name]],
+            settings=dict(sessions[name].settings),
+        )
+        for name, site in problem.sites.items()
+    }
+    files = [PLAN, WEIGHTS, PROBE, *sorted({entry.model for entry in deployed.values()})]
     card = Card(
-        target=problem.target,
-        float_bits=float_bits,
-        float_format=problem.capabilities.float_formats[float_bits],
+        main=deployed.pop(""),
+        others=deployed,
         schemes=problem.schemes,
-        settings=dict(session.settings),
         metrics={"validation": validation.to_dict()},
         environment=environment(),
         plan_hash=plan.hash,
-        files={name: sha256(folder / name) for name in FILES},
+        files={name: sha256(folder / name) for name in files},
     )
     write_card(folder, card)
 
@@ -153,12 +203,10 @@ def load_probe(folder: Path) -> tuple[dict[str, Array], Array]:
     return arrays, arrays.pop(_OUTPUT)
 
 
-def load_session(folder: Path, *, threads: int | None = None) -> Session:
-    """Load the deployed model for the target that the card names."""
-    card = Card.read(folder)
-    target = card.target
-    options = LoadOptions(target.batch_size, threads or target.threads, card.float_bits, device=target.device)
-    return get_runtime(target.runtime, target.options).load(folder / MODEL, options)
+def load_session(folder: Path, name: str = "") -> Session:
+    """Load the deployed model for the target of that name in the card, as it was loaded to be measured."""
+    deployed = Card.read(folder).deployed[name]
+    return deployed.runtime().load(folder / deployed.model, deployed.options())
 
 
 def verify_files(folder: Path) -> None:

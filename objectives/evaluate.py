@@ -5,28 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from paretune.errors import TrialError
-from paretune.objectives.artifact import MODEL, replace_folder, save_artifact
+from paretune.objectives.accelerator import training_device
+from paretune.objectives.artifact import replace_folder, save_artifact
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.compress import compress_numerics, compress_structure, freeze_quantizers
-from paretune.objectives.data.splits import Batch
-from paretune.objectives.device import Device
-from paretune.objectives.finetune import Teacher, Training, fit
+from paretune.objectives.data.residency import make_resident
+from paretune.objectives.data.splits import Batch, Splits
+from paretune.objectives.finetune import Teacher, Training, TrainingReport, fit
 from paretune.objectives.latency import Latency, Protocol, measure_paired
-from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import LoadOptions, Session, get_runtime
+from paretune.objectives.runtimes import Session
 from paretune.objectives.scoring import artifact_outputs
+from paretune.objectives.site import Site, check_executed
 from paretune.objectives.verify import Verified, verify
 from paretune.spaces.analysis import count_macs
+from paretune.spaces.graph import execution_order
 from paretune.spaces.plan import CompressionPlan
 
 EARLY = Protocol(warmup_seconds=0.05, min_calls=30, max_calls=30)
@@ -60,7 +64,7 @@ class _Trial:
         plan: What to do.
         seed: Of its randomness.
         epochs: Of the fine-tuning.
-        float_bits: Width of all that isn't quantized.
+        float_bits: Target's name to the width of all that isn't quantized.
         folder: Where the artifact grows.
         watch: Where its time goes.
     """
@@ -68,31 +72,30 @@ class _Trial:
     plan: CompressionPlan
     seed: int
     epochs: float
-    float_bits: int
+    float_bits: dict[str, int]
     folder: Path
     watch: Stopwatch = field(default_factory=Stopwatch)
 
-    @property
-    def path(self) -> Path:
-        """The model file."""
-        return self.folder / MODEL
+
+class _Built(NamedTuple):
+    """An artifact on one target: loaded to be measured, with the widths that were read back."""
+
+    session: Session
+    executed: dict[str, int]
 
 
 class Evaluator:
     """Evaluates plans one after the other; one for each worker process.
 
     Args:
-        problem: Model, data, task, target.
+        problem: Model, data, task, targets.
         baseline: The dense model's artifact, already measured.
-        layers: Names of the layers whose executed width the runtime reports.
     """
 
-    def __init__(self, problem: Problem, baseline: Baseline, layers: list[str]) -> None:
+    def __init__(self, problem: Problem, baseline: Baseline) -> None:
         self._problem = problem
         self._baseline = baseline
-        self._layers = layers
-        self._runtime = get_runtime(problem.target.runtime)
-        self._device = Device(problem.target.device)
+        self._device = problem.device()
 
     @cached_property
     def _teacher(self) -> Teacher:
@@ -101,8 +104,22 @@ class Evaluator:
         return Teacher(source.build(), len(splits.train), cached=splits.augment is None)
 
     @cached_property
-    def _baseline_session(self) -> Session:
-        return self._baseline.session()
+    def _training_splits(self) -> Splits:
+        """The splits, the training data on the GPU where one trains and they fit."""
+        splits = self._problem.splits
+        device = training_device(self._problem.training.device)
+        return replace(splits, train=make_resident(splits.train, device))
+
+    @cached_property
+    def _baseline_sessions(self) -> dict[str, Session]:
+        return {name: self._baseline.session(name) for name in self._problem.sites}
+
+    @cached_property
+    def _layers(self) -> dict[str, list[str]]:
+        """Target's name to the layers whose width its runtime reports, as seen on the dense model."""
+        order = execution_order(self._problem.model.build(), self._problem.forward)
+        reported = {name: session.layers() for name, session in self._baseline_sessions.items()}
+        return {name: [layer for layer in order if layer in known] for name, known in reported.items()}
 
     @cached_property
     def _calibration(self) -> list[Batch]:
@@ -113,7 +130,7 @@ class Evaluator:
     def evaluate(self, plan: CompressionPlan, folder: Path, *, seed: int, epochs: float | None = None) -> Record:
         """Compress, fine-tune, deploy and measure; the artifact goes to `folder`.
 
-        Equal plans, seeds and epochs give equal weights on the same machine with one thread.
+        Equal plans, seeds and epochs give equal weights on the same machine where one thread of a CPU trains.
 
         Args:
             plan: What to do.
@@ -132,23 +149,20 @@ class Evaluator:
             epochs = self._problem.training.epochs if epochs is None else epochs
             trial = _Trial(plan, seed, epochs, self._float_bits(plan), work)
             model, params, macs = self._compress(trial)
-            early, early_size = self._measure_early(trial, model)
-            module = self._finetune(trial, model)
-            session, executed = self._deploy(trial, module)
-            accuracy = self._score(trial)
-            latency, noisy = self._measure(trial, session)
-            expected = self._baseline.measurement.latency_ms
-            measurement = Measurement(
-                accuracy=accuracy,
-                # By the paired speed-up: the machine drifts between trials, and the baseline drifts with it.
-                latency_ms=expected / latency.speedup,
-                latency_low_ms=expected / latency.speedup_high,
-                latency_high_ms=expected / latency.speedup_low,
-                speedup=latency.speedup,
-                size_bytes=trial.path.stat().st_size,
-                params=params,
-                macs=macs,
-            )
+            early = self._measure_early(trial, model)
+            module, training = self._finetune(trial, model)
+            built = self._deploy(trial, module)
+            on: dict[str, OnTarget] = {}
+            deployments: dict[str, Deployment] = {}
+            for name, site in self._problem.sites.items():
+                accuracy = self._score(trial, site)
+                latency, noisy, usage = self._measure(trial, site, built[name].session)
+                size = (work / site.model).stat().st_size
+                on[name] = OnTarget(accuracy, *self._by_speedup(name, latency), size, **usage)
+                first, early_size = early[name]
+                early_ms = self._expected(name) / first.speedup
+                deployments[name] = Deployment(early_ms, early_size, built[name].executed, latency, noisy)
+            measurement = Measurement(on, params, macs)
             if not measurement.is_finite():
                 raise TrialError(f"all measured values must be finite, but got {measurement}; check task and model")
             with trial.watch.phase("save"):
@@ -156,26 +170,27 @@ class Evaluator:
                     work,
                     module,
                     plan,
-                    session,
+                    {name: entry.session for name, entry in built.items()},
                     self._problem,
                     float_bits=trial.float_bits,
                     validation=measurement,
                 )
                 replace_folder(work, folder)
-        return Record(measurement, expected / early.speedup, early_size, executed, latency, trial.watch.seconds, noisy)
+        return Record(measurement, deployments, trial.watch.seconds, asdict(training))
 
     def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
         """Measure artifacts together and score them on validation and test; see `paretune.objectives.verify`."""
         return verify(self._problem, self._baseline.folder, folders, rounds=rounds)
 
-    def _float_bits(self, plan: CompressionPlan) -> int:
+    def _float_bits(self, plan: CompressionPlan) -> dict[str, int]:
+        """The plan's float width on the first target; it stands for the best float format of each other one."""
         floats = {bits for bits in plan.quantize.bits.values() if bits > 8}
         if len(floats) > 1:
             raise TrialError(
                 f"all unquantized layers of an artifact must share one float format, but the plan asks for "
                 f"{sorted(floats)}; give each layer 8 bits or the same float width"
             )
-        return floats.pop() if floats else self._baseline.float_bits
+        return self._baseline.float_bits | ({"": floats.pop()} if floats else {})
 
     def _compress(self, trial: _Trial) -> tuple[nn.Module, int, int]:
         """The pruned model, its parameters and its MACs."""
@@ -185,67 +200,87 @@ class Evaluator:
             macs, _ = count_macs(model.eval(), self._problem.forward)
             return model, sum(parameter.numel() for parameter in model.parameters()), macs
 
-    def _measure_early(self, trial: _Trial, model: nn.Module) -> tuple[Latency, int]:
-        """Latency and size of the untrained artifact: they depend on the plan, not on the weights."""
+    def _measure_early(self, trial: _Trial, model: nn.Module) -> dict[str, tuple[Latency, int]]:
+        """Latency and size of the untrained artifact on each target: they depend on the plan, not on the weights."""
         with trial.watch.phase("compress"):
             context = self._problem.context(self._calibration[:1])
             module = compress_numerics(model, trial.plan, context)
-        session, _ = self._deploy(trial, module)
-        with self._device.exclusive(), trial.watch.phase("measure"):
-            latency = self._clock(session, EARLY)
-        return latency, trial.path.stat().st_size
+        built = self._deploy(trial, module)
+        found = {}
+        for name, site in self._problem.sites.items():
+            with self._device.exclusive(), trial.watch.phase("measure"):
+                latency = self._clock(site, built[name].session, EARLY)
+            found[name] = latency, (trial.folder / site.model).stat().st_size
+        return found
 
-    def _finetune(self, trial: _Trial, model: nn.Module) -> nn.Module:
-        """Train in floats, then through the quantizers; returns the module to deploy."""
+    def _finetune(self, trial: _Trial, model: nn.Module) -> tuple[nn.Module, TrainingReport]:
+        """Train in floats, then through the quantizers; returns the module to deploy, on the CPU."""
         problem, config = self._problem, trial.plan.finetune
         with trial.watch.phase("train"):
             teacher = self._teacher if config.distillation_weight > 0 else None
-            training = Training(problem.splits, problem.task, problem.training, teacher, self._device.step_aside)
+            splits = self._training_splits
+            training = Training(splits, problem.task, problem.training, teacher, self._device.step_aside)
             total = training.steps(trial.epochs)
             quantizes = any(bits <= 8 for bits in trial.plan.quantize.bits.values())
             border = total - (round(problem.training.quantized_share * total) if quantizes else 0)
             batches = training.batches(trial.seed)
-            fit(model, training, config, batches, range(border), total)
+            report = fit(model, training, config, batches, range(border), total)
             module = compress_numerics(model, trial.plan, problem.context(self._calibration))
-            fit(module, training, config, batches, range(border, total), total)
+            part = range(border, total)
+            report = fit(module, training, config, batches, part, total, micro_batch=report.micro_batch)
             freeze_quantizers(module)
-        return module
+            # What PyTorch keeps in reserve on a GPU, neither the runtime that measures nor another worker could use.
+            torch.cuda.empty_cache()
+        return module, report
 
-    def _deploy(self, trial: _Trial, module: nn.Module) -> tuple[Session, dict[str, int]]:
-        """Write and load the model file, and see that each layer runs as the plan asks."""
+    def _deploy(self, trial: _Trial, module: nn.Module) -> dict[str, _Built]:
+        """Write and load the model files, and see that each layer runs as the plan asks."""
+        found: dict[str, _Built] = {}
         with trial.watch.phase("deploy"):
-            self._runtime.deploy(module, self._problem.example, trial.path)
-            target = self._problem.target
-            options = LoadOptions(target.batch_size, target.threads, trial.float_bits)
-            session = self._runtime.load(trial.path, options)
-            reports = session.layers()
-        executed = {name: reports[name].bits for name in self._layers if name in reports}
-        for name in self._layers:
-            asked = trial.plan.quantize.bits.get(name, trial.float_bits)
-            if executed.get(name) != asked:
-                found = f"runs in {executed[name]}" if name in executed else "isn't found in the compiled model"
-                raise TrialError(
-                    f"every layer must run in the width that the plan asks for, but {name} was to run in {asked} bits "
-                    f"and {found}; exclude it (space.exclude) or fix space.bits"
-                )
-        return session, executed
+            for site in {site.model: site for site in self._problem.sites.values()}.values():
+                site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
+            for name, site in self._problem.sites.items():
+                bits = trial.float_bits[name]
+                session = site.load(trial.folder, bits)
+                executed = check_executed(session.layers(), trial.plan.quantize.bits, bits, self._layers[name])
+                found[name] = _Built(session, executed)
+        return found
 
-    def _score(self, trial: _Trial) -> float:
+    def _score(self, trial: _Trial, site: Site) -> float:
         with trial.watch.phase("score"):
-            options = LoadOptions(1, self._problem.target.threads, trial.float_bits)
+            path, options = trial.folder / site.model, site.options(trial.float_bits[site.name])
             split = self._problem.splits.validation
-            scored = artifact_outputs(self._runtime, trial.path, options, split, between=self._device.step_aside)
+            scored = artifact_outputs(site.runtime, path, options, split, between=self._device.step_aside)
             return self._problem.task.metric(*scored)
 
-    def _measure(self, trial: _Trial, session: Session) -> tuple[Latency, bool]:
-        """Latency paired with the baseline, and whether the machine was off even the second time."""
-        expected = self._baseline.measurement.latency_ms
-        with self._device.exclusive(), trial.watch.phase("measure"):
-            latency = self._clock(session, Protocol())
-            if abs(latency.baseline_ms / expected - 1) > _DRIFT:
-                latency = self._clock(session, Protocol())
-        return latency, abs(latency.baseline_ms / expected - 1) > _DRIFT
+    def _measure(self, trial: _Trial, site: Site, session: Session) -> tuple[Latency, bool, dict[str, Any]]:
+        """Latency paired with the baseline, whether the machine was off even the second time, and the usage."""
+        expected = self._expected(site.name)
 
-    def _clock(self, session: Session, protocol: Protocol) -> Latency:
-        batch = self._problem.batch()
-        return measure_paired(session.bind(batch), self._baseline_session.bind(batch), protocol)
+        def is_off(latency: Latency) -> bool:
+            return abs(latency.baseline_ms / expected - 1) > _DRIFT or bool(latency.throttled)
+
+        with self._device.exclusive(), trial.watch.phase("measure"):
+            latency = self._clock(site, session, Protocol())
+            if is_off(latency):
+                latency = self._clock(site, session, Protocol())
+            usage = site.usage(session.bind(self._problem.batch(site.target.batch_size)))
+        return latency, is_off(latency), usage
+
+    def _clock(self, site: Site, session: Session, protocol: Protocol) -> Latency:
+        batch = self._problem.batch(site.target.batch_size)
+        reference = self._baseline_sessions[site.name].bind(batch)
+        return measure_paired(session.bind(batch), reference, protocol, site.clock)
+
+    def _expected(self, name: str) -> float:
+        return self._baseline.measurement.on[name].latency_ms
+
+    def _by_speedup(self, name: str, latency: Latency) -> tuple[float, float, float, float]:
+        """Latency, its interval and the speed-up: the machine drifts between trials, and the baseline with it."""
+        expected = self._expected(name)
+        return (
+            expected / latency.speedup,
+            expected / latency.speedup_high,
+            expected / latency.speedup_low,
+            latency.speedup,
+        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from paretune.objectives.latency import Latency
 
 
 @dataclass(frozen=True)
-class Measurement:
+class OnTarget:
     """One artifact on one split and target.
 
     Attributes:
@@ -21,8 +22,9 @@ class Measurement:
         latency_high_ms: Upper end.
         speedup: Baseline's median over this one's, measured call by call in turn.
         size_bytes: Of the deployed model file.
-        params: Parameters of the compressed model.
-        macs: Multiply-accumulates for one sample.
+        throughput_per_s: Samples a second, calls back to back; measured on GPUs alone.
+        peak_memory_bytes: Of a call, on the GPU.
+        energy_mj: Millijoules a call, where the GPU counts them.
     """
 
     accuracy: float
@@ -31,16 +33,74 @@ class Measurement:
     latency_high_ms: float
     speedup: float
     size_bytes: int
+    throughput_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One artifact on one split, on every target of the job.
+
+    Attributes:
+        on: Target's name to what was measured there; the first one, which has no name (``""``), is *the* target.
+        params: Parameters of the compressed model.
+        macs: Multiply-accumulates for one sample.
+    """
+
+    on: Mapping[str, OnTarget]
     params: int
     macs: int
 
+    @property
+    def main(self) -> OnTarget:
+        """What was measured on the job's first target."""
+        return self.on[""]
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
+        """Flat JSON-able values: another target's are called ``latency_ms@NAME``; what wasn't measured is left out."""
+        found: dict[str, Any] = {}
+        for name, measured in self.on.items():
+            suffix = f"@{name}" if name else ""
+            values = {key: value for key, value in asdict(measured).items() if value is not None}
+            found |= {f"{key}{suffix}": value for key, value in values.items()}
+            if not name:
+                found |= {"params": self.params, "macs": self.macs}
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Undo `to_dict`."""
+        known = {entry.name for entry in fields(OnTarget)}
+        on: dict[str, dict[str, Any]] = {}
+        for key, value in data.items():
+            metric, _, name = key.partition("@")
+            if metric in known:
+                on.setdefault(name, {})[metric] = value
+        return cls({name: OnTarget(**values) for name, values in on.items()}, data["params"], data["macs"])
 
     def is_finite(self) -> bool:
         """Whether every number is; Optuna would take an infinite one for a result and put it on the front."""
-        return all(math.isfinite(value) for value in asdict(self).values())
+        return all(math.isfinite(value) for value in self.to_dict().values())
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a trial's artifact was built and timed on one target.
+
+    Attributes:
+        early_latency_ms: The same as the measurement's, on the untrained artifact, in few calls.
+        early_size_bytes: Size of the untrained artifact; the same as the trained one's.
+        executed: Layer to the bit-width in which the runtime really runs it.
+        clock: The raw measurement: medians of both sides, percentiles, intervals, calls.
+        noisy: Whether the baseline's latency was off its first measurement by more than 10 % even when measured again.
+    """
+
+    early_latency_ms: float
+    early_size_bytes: int
+    executed: dict[str, int]
+    clock: Latency
+    noisy: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,27 +109,41 @@ class Record:
 
     Attributes:
         measurement: On the validation split.
-        early_latency_ms: The same as the measurement's, on the untrained artifact, in few calls.
-        early_size_bytes: Size of the untrained artifact; the same as the trained one's.
-        executed: Layer to the bit-width in which the runtime really runs it.
-        clock: The raw measurement: medians of both sides, 5th percentile, intervals, calls.
+        deployments: Target's name, as in the measurement, to how the artifact was deployed and timed there.
         seconds: Phase of the trial to its duration.
-        noisy: Whether the baseline's latency was off its first measurement by more than 10 % even when measured again.
+        training: How the model was trained: device, precision, size of the parts of a batch.
     """
 
     measurement: Measurement
-    early_latency_ms: float
-    early_size_bytes: int
-    executed: dict[str, int]
-    clock: Latency
+    deployments: dict[str, Deployment]
     seconds: dict[str, float] = field(default_factory=dict)
-    noisy: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Deployment:
+        """On the job's first target."""
+        return self.deployments[""]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was off while any target was measured."""
+        return any(deployment.noisy for deployment in self.deployments.values())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self)
+        return {
+            "measurement": self.measurement.to_dict(),
+            "deployments": {name: asdict(deployment) for name, deployment in self.deployments.items()},
+            "noisy": self.noisy,
+            "seconds": self.seconds,
+            "training": self.training,
+        }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Record:
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
         """Undo `to_dict`."""
-        return cls(**data | {"measurement": Measurement(**data["measurement"]), "clock": Latency(**data["clock"])})
+        deployments = {
+            name: Deployment(**values | {"clock": Latency(**values["clock"])})
+            for name, values in data["deployments"].items()
+        }
+        return cls(Measurement.from_dict(data["measurement"]), deployments, data["seconds"], data["training"])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
 
 from paretune.errors import JobError
+from paretune.objectives.accelerator import training_device
 from paretune.objectives.compress import Context
-from paretune.objectives.compress.schemes import Schemes
+from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch, Split, Splits, StreamSplit
-from paretune.objectives.finetune import TrainOptions
+from paretune.objectives.device import Device
+from paretune.objectives.finetune import TrainOptions, check_training
 from paretune.objectives.models import ModelSource
-from paretune.objectives.runtimes import Capabilities, Runtime, Target, get_runtime
+from paretune.objectives.runtimes import Target
 from paretune.objectives.runtimes.base import Array
 from paretune.objectives.runtimes.onnx_export import named_arrays
+from paretune.objectives.site import Site
 from paretune.objectives.tasks import Task
 from paretune.spaces.analysis import Analysis, analyse
 from paretune.spaces.graph import DependencyGraph
@@ -38,6 +42,7 @@ class Problem:
         training: How trials fine-tune.
         teacher: Teaches in place of the dense model.
         exclude: Glob patterns of layers that stay dense.
+        others: Further targets that every artifact is measured on, by name.
     """
 
     model: ModelSource
@@ -47,6 +52,7 @@ class Problem:
     training: TrainOptions = field(default_factory=TrainOptions)
     teacher: ModelSource | None = None
     exclude: tuple[str, ...] = ()
+    others: Mapping[str, Target] = field(default_factory=dict)
 
     @cached_property
     def example(self) -> Inputs:
@@ -71,23 +77,36 @@ class Problem:
         return Context(self.example, self.channels, self.task, batches, self.schemes)
 
     @cached_property
-    def runtime(self) -> Runtime:
-        """What runs the artifacts."""
-        return get_runtime(self.target.runtime, self.target.options)
+    def sites(self) -> dict[str, Site]:
+        """Every target with its runtime, by name; *the* target comes first and has none (``""``)."""
+        found: dict[str, Site] = {}
+        for name, target in {"": self.target, **self.others}.items():
+            alike = (
+                site.stem
+                for site in found.values()
+                if (site.target.runtime, site.target.options) == (target.runtime, target.options)
+            )
+            found[name] = Site(name, target, next(alike, f"model@{name}" if name else "model"))
+        return found
 
     @cached_property
-    def capabilities(self) -> Capabilities:
-        """What the target executes."""
-        return self.runtime.capabilities(self.target.device)
+    def site(self) -> Site:
+        """*The* target."""
+        return self.sites[""]
 
-    @property
+    @cached_property
     def schemes(self) -> Schemes:
-        """How the target wants layers quantized."""
-        return self.capabilities.schemes
+        """How quantized layers must be quantized, so that every target runs what was trained."""
+        return reduce(merge, (site.capabilities.schemes for site in self.sites.values()))
 
-    def batch(self) -> dict[str, Array]:
-        """One batch of validation inputs of the target's size."""
-        return named_arrays(self.splits.validation.head(self.target.batch_size).inputs)
+    def device(self) -> Device:
+        """A lock of all devices that trials compute on."""
+        measured = (site.target.device for site in self.sites.values())
+        return Device(str(training_device(self.training.device)), *measured)
+
+    def batch(self, size: int) -> dict[str, Array]:
+        """One batch of so many validation inputs."""
+        return named_arrays(self.splits.validation.head(size).inputs)
 
     def check(self) -> None:
         """Try the model, the teacher and the task on real samples.
@@ -96,11 +115,12 @@ class Problem:
             JobError: The outputs don't fit the task, aren't finite, or the validation split is smaller than a batch.
         """
         size = len(self.splits.validation)
-        if size < max(2, self.target.batch_size):
+        largest = max(site.target.batch_size for site in self.sites.values())
+        if size < max(2, largest):
             raise JobError(
                 "target.batch_size",
                 f"must be at most the validation split's length, {size}, which must be 2 or more",
-                self.target.batch_size,
+                largest,
                 "use a smaller batch or a larger validation split",
             )
         sources = {"model": self.model} | ({"teacher": self.teacher} if self.teacher else {})
@@ -115,6 +135,7 @@ class Problem:
                     for targets in torch.split(split.targets, _CHECKED):
                         self.task.check(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets)
             _check_same(name, model, source.build())
+        check_training(self.model.build(), self.splits, self.training)
 
 
 def _check_same(name: str, model: nn.Module, again: nn.Module) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from paretune.objectives.artifact import MODEL, Card, load_session, write_card
+from paretune.objectives.artifact import Card, Deployed, load_session, write_card
 from paretune.objectives.data.splits import Split
-from paretune.objectives.device import Device
 from paretune.objectives.latency import Latency, Protocol, measure_paired
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import LoadOptions, get_runtime
 from paretune.objectives.scoring import artifact_outputs
 
 ROUND = Protocol(warmup_seconds=0.05, max_calls=100)
@@ -33,48 +32,63 @@ class Verified:
 def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
     """Measure artifacts against the baseline, round by round, and score them on validation and test.
 
-    Each round measures every artifact once, paired with the baseline. What is reported rests on the rounds' speed-ups:
-    their median, and the baseline's median latency over all rounds divided by it, so that a drift of the machine
-    between two artifacts cancels; intervals are bootstrapped over the rounds. The cards are rewritten.
+    Each round measures every artifact once on each target, paired with the baseline. What is reported rests on the
+    rounds' speed-ups: their median, and the baseline's median latency over all rounds divided by it, so that a drift of
+    the machine between two artifacts cancels; intervals are bootstrapped over the rounds. The cards are rewritten.
 
     Args:
-        problem: Data, task and target.
+        problem: Data, task and targets.
         baseline: The dense artifact; paired with each, and verified itself where it is among `folders`.
         folders: Artifacts.
         rounds: At least 1.
     """
-    batch = problem.batch()
-    reference = load_session(baseline).bind(batch)
-    calls = [load_session(folder).bind(batch) for folder in folders]
-    measured: list[list[Latency]] = [[] for _ in folders]
-    with Device(problem.target.device).exclusive():
-        for _ in range(rounds):
-            for call, latencies in zip(calls, measured, strict=True):
-                latencies.append(measure_paired(call, reference, ROUND))
-    reference_ms = float(np.median([latency.baseline_ms for latencies in measured for latency in latencies]))
-    with Device(problem.target.device).shared():
-        return [
-            _verified(problem, folder, reference_ms, [latency.speedup for latency in latencies])
-            for folder, latencies in zip(folders, measured, strict=True)
-        ]
+    speedups: list[dict[str, _Speedup]] = [{} for _ in folders]
+    for name, site in problem.sites.items():
+        batch = problem.batch(site.target.batch_size)
+        reference = load_session(baseline, name).bind(batch)
+        calls = [load_session(folder, name).bind(batch) for folder in folders]
+        measured: list[list[Latency]] = [[] for _ in folders]
+        with problem.device().exclusive():
+            for _ in range(rounds):
+                for call, latencies in zip(calls, measured, strict=True):
+                    latencies.append(measure_paired(call, reference, ROUND, site.clock))
+        reference_ms = float(np.median([latency.baseline_ms for latencies in measured for latency in latencies]))
+        for found, latencies in zip(speedups, measured, strict=True):
+            found[name] = _Speedup(reference_ms, *median_over_rounds([latency.speedup for latency in latencies]))
+    with problem.device().shared():
+        return [_verified(problem, folder, found) for folder, found in zip(folders, speedups, strict=True)]
 
 
-def _verified(problem: Problem, folder: Path, reference_ms: float, speedups: Sequence[float]) -> Verified:
+class _Speedup(NamedTuple):
+    """Over the rounds on one target: the baseline's latency, the median speed-up, and its interval."""
+
+    reference_ms: float
+    median: float
+    low: float
+    high: float
+
+
+def _verified(problem: Problem, folder: Path, speedups: Mapping[str, _Speedup]) -> Verified:
     card = Card.read(folder)
-    speedup, slow, fast = median_over_rounds(speedups)
-    known = replace(
-        Measurement(**card.metrics["validation"]),
-        latency_ms=reference_ms / speedup,
-        latency_low_ms=reference_ms / fast,
-        latency_high_ms=reference_ms / slow,
-        speedup=speedup,
-    )
-    splits = problem.splits
-    validation = replace(known, accuracy=_score(problem, folder, card, splits.validation))
-    test = replace(known, accuracy=_score(problem, folder, card, splits.test))
-    metrics = {"validation": validation.to_dict(), "test": test.to_dict()}
+    known = Measurement.from_dict(card.metrics["validation"])
+    splits = {"validation": problem.splits.validation, "test": problem.splits.test}
+    found = {}
+    for split_name, split in splits.items():
+        on = {
+            name: replace(
+                known.on[name],
+                accuracy=_score(problem, folder, card.deployed[name], split),
+                latency_ms=speedup.reference_ms / speedup.median,
+                latency_low_ms=speedup.reference_ms / speedup.high,
+                latency_high_ms=speedup.reference_ms / speedup.low,
+                speedup=speedup.median,
+            )
+            for name, speedup in speedups.items()
+        }
+        found[split_name] = replace(known, on=on)
+    metrics = {name: measurement.to_dict() for name, measurement in found.items()}
     write_card(folder, replace(card, metrics=metrics))
-    return Verified(folder, validation, test)
+    return Verified(folder, found["validation"], found["test"])
 
 
 def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:
@@ -85,7 +99,6 @@ def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def _score(problem: Problem, folder: Path, card: Card, split: Split) -> float:
-    runtime = get_runtime(card.target.runtime)
-    options = LoadOptions(1, card.target.threads, card.float_bits)
-    return problem.task.metric(*artifact_outputs(runtime, folder / MODEL, options, split))
+def _score(problem: Problem, folder: Path, deployed: Deployed, split: Split) -> float:
+    scored = artifact_outputs(deployed.runtime(), folder / deployed.model, deployed.options(), split)
+    return problem.task.metric(*scored)

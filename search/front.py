@@ -10,19 +10,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from paretune.search.job_types import Constraint
+from paretune.search.job_types import Constraint, direction
 
 Metrics = Mapping[str, Any]
-
-DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
-    "accuracy": "maximize",
-    "latency_ms": "minimize",
-    "size_bytes": "minimize",
-    "params": "minimize",
-    "macs": "minimize",
-}
 
 
 def violation(constraint: Constraint, metrics: Metrics) -> float:
@@ -38,11 +30,11 @@ def feasible(metrics: Metrics, constraints: Sequence[Constraint]) -> bool:
 
 def _compare(a: Metrics, b: Metrics, name: str) -> int:
     """1 where `a` is better than `b` in this objective, -1 where it is worse, 0 where they can't be told apart."""
-    if name == "latency_ms":
-        if a["latency_high_ms"] < b["latency_low_ms"]:
-            return 1
-        return -1 if b["latency_high_ms"] < a["latency_low_ms"] else 0
-    better = operator.gt if DIRECTIONS[name] == "maximize" else operator.lt
+    metric, at, target = name.partition("@")
+    if metric == "latency_ms":
+        low, high = f"latency_low_ms{at}{target}", f"latency_high_ms{at}{target}"
+        return 1 if a[high] < b[low] else -1 if b[high] < a[low] else 0
+    better = operator.gt if direction(name) == "maximize" else operator.lt
     return int(better(a[name], b[name])) - int(better(b[name], a[name]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,8 +153,16 @@ class FinetuneSection(Section):
     gradient_clip: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="Largest norm of the gradient, > 0; null for no limit."
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Float format of training; auto: bfloat16 where the hardware has it."
+    device: str = Field(
+        default="auto",
+        description="What trains: cpu, cuda (the first GPU), cuda:N, or auto: a GPU where PyTorch finds one.",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Float format of training; auto: bfloat16 where the hardware has it; float16 needs a GPU.",
+    )
+    tf32: bool = Field(
+        default=True, description="Whether a GPU may compute in TF32 what stays float32; without effect on a CPU."
     )
     channels_last: AutoBool = Field(
         default="auto", description="Memory layout of images in training: true, false or auto."
@@ -168,6 +177,14 @@ class FinetuneSection(Section):
         default=4, ge=1, description="Batches from which the ranges of activations are read."
     )
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        # Whether the machine has it is for those to say who import torch.
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise RuleError("must be auto, cpu, cuda or cuda:N", repr(value), "use auto")
+        return value
+
 
 class TargetSection(Section):
     """Where the artifact will run, and is measured."""
@@ -175,11 +192,30 @@ class TargetSection(Section):
     runtime: str = Field(
         default="openvino",
         min_length=1,
-        description="What executes the artifact: openvino.",
+        description="What executes the artifact: openvino, onnxruntime, torch-compile or torch-cuda.",
     )
     device: str = Field(default="cpu", min_length=1, description="The runtime's device, e.g. cpu, cuda.")
     batch_size: int = Field(default=1, ge=1, description="Samples in one timed call.")
     threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
+    options: dict[str, str | int | bool] = Field(
+        default={}, description="The runtime's own choices, e.g. {half: fp16}; `paretune doctor` names them."
+    )
+
+
+class NamedTarget(TargetSection):
+    """One of several targets."""
+
+    name: Name | None = Field(
+        default=None, description="What its numbers are called: latency_ms@NAME; null: automatic."
+    )
+    objective: bool = Field(
+        default=True, description="Whether its latency is an objective of its own; false: measured and reported."
+    )
+
+    @property
+    def label(self) -> str:
+        """Its name, or one made of what it is."""
+        return self.name or f"{self.runtime}-{self.device.replace(':', '')}-b{self.batch_size}"
 
 
 class SearchSection(Section):
@@ -245,9 +281,15 @@ class Job(Section):
     space: SpaceSection = Field(default=SpaceSection(), description="What may be chosen.")
     finetune: FinetuneSection = Field(default=FinetuneSection(), description="How a compressed model is trained.")
     target: TargetSection = Field(default=TargetSection(), description="Where the artifact runs and is measured.")
+    targets: list[NamedTarget] = Field(
+        default=[],
+        description="In place of target: several, the main one first. One training serves all; the main one's numbers "
+        "are latency_ms and so on, those of another latency_ms@NAME.",
+    )
     objectives: Annotated[list[ObjectiveName], AfterValidator(lambda value: _objectives(value))] = Field(
         default=["accuracy", "latency_ms"],
-        description="Two to four of accuracy, latency_ms, size_bytes, params, macs; accuracy is always one.",
+        description="Two to four of accuracy, latency_ms, size_bytes, params, macs and, on a GPU, throughput_per_s, "
+        "peak_memory_bytes, energy_mj; accuracy is always one.",
     )
     constraints: list[Constraint] = Field(
         default=[],
@@ -286,6 +328,55 @@ class Job(Section):
     def _absolute_folders(cls, value: list[str], info: ValidationInfo) -> list[str]:
         return [str(resolve_path(folder, info)) for folder in value]
 
+    @property
+    def other_targets(self) -> dict[str, NamedTarget]:
+        """The targets beside the main one, by name."""
+        return {target.label: target for target in self.targets[1:]}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that anything is measured on."""
+        return tuple(target.device for target in (self.target, *self.targets[1:]))
+
+    @property
+    def all_objectives(self) -> list[str]:
+        """The objectives, those of further targets among them."""
+        own = [f"latency_ms@{name}" for name, target in self.other_targets.items() if target.objective]
+        return list(dict.fromkeys([*self.objectives, *own]))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _main_target(cls, value: Any) -> Any:
+        targets = value.get("targets") if isinstance(value, dict) else None
+        if not isinstance(targets, list) or not targets or not isinstance(targets[0], dict):
+            return value
+        if "target" in value:
+            raise RuleError("must not stand beside targets", "both", "name the target in targets", key="target")
+        shared = {key: entry for key, entry in targets[0].items() if key in TargetSection.model_fields}
+        return {**value, "target": shared}
+
+    @model_validator(mode="after")
+    def _targets_fit(self) -> Job:
+        names = [target.label for target in self.targets]
+        if len(set(names)) < len(names):
+            raise RuleError("must have different names", short(names), "give each a name", key="targets")
+        if self.targets and not self.targets[0].objective:
+            remedy = "leave latency_ms out of objectives, or put another target first"
+            raise RuleError("must be true for the first target", "false", remedy, key="targets[0].objective")
+        bounds = [constraint.name for constraint in self.constraints]
+        for key, name in [
+            *(("objectives", name) for name in self.objectives),
+            *(("constraints", name) for name in bounds),
+        ]:
+            target = name.partition("@")[2]
+            if target and target not in self.other_targets:
+                known = ", ".join(self.other_targets) or "none"
+                raise RuleError("must name a further target after @", short(name), f"the job has {known}", key=key)
+        if len(self.all_objectives) > 4:
+            remedy = "set objective: false for some targets"
+            raise RuleError("must be at most four in all", short(self.all_objectives), remedy, key="objectives")
+        return self
+
     @model_validator(mode="after")
     def _remember(self, info: ValidationInfo) -> Job:
         self._folder = folder_of(info)
@@ -310,7 +401,7 @@ class Job(Section):
         A live object is written as its import string where it can be imported, and as ``<live NAME>``
         elsewhere; such a job can be read, but not run again without the object.
         """
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude={"target"} if self.targets else None)
         teacher = self.teacher.factory if isinstance(self.teacher, ModelSection) else "same"
         homes = [home_folder(value) for value in (self.model.factory, teacher, self.data.source, self.task)]
         content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))

@@ -26,10 +26,21 @@ from pydantic import (
 from paretune.search.job_errors import RuleError, short
 from paretune.spaces.plan import Importance
 
-ObjectiveName = Literal["accuracy", "latency_ms", "size_bytes", "params", "macs"]
-OBJECTIVES: tuple[ObjectiveName, ...] = ("accuracy", "latency_ms", "size_bytes", "params", "macs")
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "accuracy": "maximize",
+    "latency_ms": "minimize",
+    "size_bytes": "minimize",
+    "params": "minimize",
+    "macs": "minimize",
+    "throughput_per_s": "maximize",
+    "peak_memory_bytes": "minimize",
+    "energy_mj": "minimize",
+}
+"""What is measured, and which way is better; on another target than the first, ``latency_ms@NAME``."""
 
-_CONSTRAINT = re.compile(r"\s*([A-Za-z_]+)\s*(>=|<=)\s*([-+]?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)\s*")
+_CONSTRAINT = re.compile(
+    r"\s*([A-Za-z_]+(?:@[A-Za-z0-9._-]+)?)\s*(>=|<=)\s*([-+]?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)\s*"
+)
 _IMPORT_STRING = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _ZOO = re.compile(r"(timm|torchvision):\S+")
 _LIVE = "<live "
@@ -40,6 +51,22 @@ class Section(BaseModel):
     """Base of the job's records: frozen, typed strictly (no text for a number), without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _objective(value: Any) -> Any:
+    if not isinstance(value, str) or value.partition("@")[0] not in DIRECTIONS:
+        close = _closest(str(value), tuple(DIRECTIONS))
+        remedy = f"did you mean {close!r}?" if close else f"choose among {', '.join(DIRECTIONS)}"
+        raise RuleError("must be something measured", short(value), remedy)
+    return value
+
+
+ObjectiveName = Annotated[str, BeforeValidator(_objective)]
+
+
+def direction(name: str) -> Literal["maximize", "minimize"]:
+    """Which way an objective is better, on whichever target."""
+    return DIRECTIONS[name.partition("@")[0]]
 
 
 class Constraint(Section):
@@ -64,7 +91,7 @@ class Constraint(Section):
             return value
         match = _CONSTRAINT.fullmatch(value) if isinstance(value, str) else None
         remedy = "write e.g. 'accuracy >= 0.9', 'latency_ms <= 5' or 'size_bytes <= 1e6'"
-        if match is None or match[1] not in OBJECTIVES:
+        if match is None or match[1].partition("@")[0] not in DIRECTIONS:
             raise RuleError("must be a name, >= or <=, and a number", short(value), remedy)
         return {"name": match[1], "op": match[2], "value": float(match[3])}
 

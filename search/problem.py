@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
 from paretune.objectives.tasks import load_task
-from paretune.search.job import Job, ModelSection
+from paretune.search.job import Job, ModelSection, TargetSection
 from paretune.spaces.analysis import EXCLUDED, Analysis
-from paretune.spaces.graph import execution_order
 from paretune.spaces.space import Options, SearchSpace, make_space
 
 BASELINE = "baseline"
@@ -32,20 +32,36 @@ def load_problem(job: Job) -> Problem:
         JobError: Something of it is wrong.
     """
     job.add_python_path()
-    target = Target(**job.target.model_dump())
-    get_runtime(target.runtime).capabilities(target.device)
+    others = {name: _target(section) for name, section in job.other_targets.items()}
     teacher = job.teacher if isinstance(job.teacher, ModelSection) else None
     problem = Problem(
         model=_source(job.model, "model"),
         splits=load_splits(job.data.source, job.data.args),
         task=load_task(job.task),
-        target=target,
+        target=_target(job.target),
+        others=others,
         training=TrainOptions(**job.finetune.model_dump()),
         teacher=_source(teacher, "teacher") if teacher else None,
         exclude=tuple(job.space.exclude),
     )
+    for name, site in problem.sites.items():
+        with _naming(f"target {name}" if name else "target"):
+            _ = site.capabilities
     problem.check()
     return problem
+
+
+def _target(section: TargetSection) -> Target:
+    return Target(**{key: getattr(section, key) for key in TargetSection.model_fields})
+
+
+@contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """Say which of several targets is wrong."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError(error.where.replace("target", target, 1), error.rule, error.got, error.remedy) from error
 
 
 def _source(section: ModelSection, key: str) -> ModelSource:
@@ -54,12 +70,9 @@ def _source(section: ModelSection, key: str) -> ModelSource:
 
 def load_evaluator(job: Job, run: Path) -> Evaluator:
     """The evaluator of a worker; the run holds the baseline already."""
-    with Device(job.target.device).shared():
+    with Device(*job.devices).shared():
         problem = load_problem(job)
-    baseline = Baseline(run / BASELINE)
-    reported = baseline.session().layers()
-    layers = [name for name in execution_order(problem.model.build(), problem.forward) if name in reported]
-    return Evaluator(problem, baseline, layers)
+    return Evaluator(problem, Baseline(run / BASELINE))
 
 
 def float_widths(job: Job) -> tuple[int, ...]:
@@ -95,11 +108,11 @@ def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, 
     """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing."""
     if not job.space.quantize:
         return {}
-    allowed: Any = {8, float_bits} if job.space.bits == "auto" else set(job.space.bits)
+    allowed: Any = None if job.space.bits == "auto" else set(job.space.bits)
     fixed = {entry.layer for entry in analysis.frozen if entry.reason == EXCLUDED}
     widths = {}
     for name, probed in analysis.widths.items():
-        offered = tuple(width for width in probed if width in allowed)
+        offered = tuple(width for width in probed if allowed is None or width in allowed)
         widths[name] = (float_bits,) if name in fixed or not offered else offered
     return widths
 
@@ -120,4 +133,4 @@ def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace
 
 
 def _capabilities(job: Job) -> Capabilities:
-    return get_runtime(job.target.runtime).capabilities(job.target.device)
+    return get_runtime(job.target.runtime, job.target.options).capabilities(job.target.device)

@@ -10,8 +10,9 @@ from typing import Any
 
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.verify import Verified
-from paretune.search.front import DIRECTIONS, feasible, pareto_front
+from paretune.search.front import feasible, pareto_front
 from paretune.search.front_json import SCHEMA
+from paretune.search.job_types import direction
 from paretune.search.problem import BASELINE
 from paretune.search.study import SearchStudy, TrialRow
 
@@ -72,9 +73,10 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
         "schema": SCHEMA,
         "run": run.resolve().name,  # `.` has no name
         "verified": verified is not None,
-        "target": baseline.card.to_dict()["target"],
+        "target": baseline.card.main.to_dict()["target"],
+        "targets": {name: deployed.to_dict()["target"] for name, deployed in baseline.card.others.items()},
         "metric": metric,
-        "objectives": [{"name": name, "direction": DIRECTIONS[name]} for name in study.objectives],
+        "objectives": [{"name": name, "direction": direction(name)} for name in study.objectives],
         "baseline": baseline.to_dict(),
         "points": points,
     }
@@ -95,9 +97,10 @@ def _point(run: Path, row: TrialRow, artifact: Path) -> dict[str, Any]:
 def write_trials(run: Path, rows: Sequence[TrialRow]) -> None:
     """Write `trials.csv`: one line a trial, its metrics, then its parameters."""
     names = sorted({name for row in rows for name in row.trial.params})
-    header = [
-        "trial", "state", "source", *_METRICS, "feasible", "seconds", "started", "plan_hash", "error", *names
-    ]  # fmt: skip
+    measured = dict.fromkeys(name for row in rows if row.record for name in row.measurement.to_dict())
+    metrics_names = [*_METRICS, *(name for name in measured if name not in _METRICS)]
+    header = ["trial", "state", "source", *metrics_names]
+    header += ["feasible", "noisy", "seconds", "started", "plan_hash", "error", *names]
     lines = []
     for row in rows:
         started = row.trial.datetime_start
@@ -108,6 +111,7 @@ def write_trials(run: Path, rows: Sequence[TrialRow]) -> None:
             "source": row.source,
             **metrics,
             "feasible": str(row.feasible).lower() if row.record else "",
+            "noisy": str(row.record.noisy).lower() if row.record else "",
             "seconds": "" if row.seconds is None else round(row.seconds, 3),
             "started": started.isoformat() if started else "",
             "plan_hash": row.plan.hash if row.plan else "",

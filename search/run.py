@@ -132,11 +132,12 @@ def _prepare(
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
     analysis = profile(problem, baseline, analysis)
     _write_json(folder / "analysis.json", analysis.to_dict())
-    measured = baseline.measurement
-    report(
-        f"baseline: {problem.task.metric_name} {measured.accuracy:.4f}, {measured.latency_ms:.3f} ms "
-        f"as {baseline.to_dict()['format']}, {measured.size_bytes:,} bytes"
-    )
+    for name, measured in baseline.measurement.on.items():
+        report(
+            f"baseline{f' on {name}' if name else ''}: {problem.task.metric_name} {measured.accuracy:.4f}, "
+            f"{measured.latency_ms:.3f} ms as {baseline.card.deployed[name].float_format}, "
+            f"{measured.size_bytes:,} bytes"
+        )
     return analysis
 
 
@@ -147,7 +148,7 @@ def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Rep
 
 def _search_alone(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
     baseline = Baseline(folder / BASELINE)
-    space = make_job_space(job, analysis, baseline.float_bits)
+    space = make_job_space(job, analysis, baseline.float_bits[""])
     study = open_study(job, folder, space)
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
@@ -182,7 +183,7 @@ def open_study(job: Job, folder: Path, space: SearchSpace) -> SearchStudy:
         job.storage or study_url(folder),
         space,
         SAMPLERS[job.search.sampler](space, job.search.seed),
-        objectives=job.objectives,
+        objectives=job.all_objectives,
         constraints=job.constraints,
     )
 
@@ -209,7 +210,7 @@ def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metr
     end = start + job.search.timeout if job.search.timeout else math.inf
     running: dict[int, Proposal] = {}
     limit = job.search.trials or sys.maxsize
-    device = Device(job.target.device)
+    device = Device(*job.devices)
     while True:
         while executor.free > 0 and begun < limit and time.monotonic() < end:
             with device.shared():  # samplers compute too, and somebody may be measuring
@@ -240,6 +241,12 @@ def _tell(folder: Path, study: SearchStudy, proposal: Proposal, outcome: Outcome
         (trial / "error.txt").write_text(f"{outcome.error}\n\n{outcome.details}".rstrip() + "\n")
         study.fail(proposal.number, outcome.error)
         return
+    lacking = study.lacking(outcome.result)
+    if lacking:
+        error = f"every objective and bound must be measured, but {lacking} wasn't readable on its target; leave it out"
+        (trial / "error.txt").write_text(error + "\n")
+        study.fail(proposal.number, error)
+        return
     record = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
     _write_json(trial / "record.json", record | outcome.result.to_dict())
     study.complete(proposal.number, outcome.result)
@@ -249,11 +256,14 @@ def _line(metric: str, proposal: Proposal, outcome: Outcome) -> str:
     head = f"trial {proposal.number} ({proposal.source})"
     if outcome.error:
         return f"{head}: failed: {outcome.error}"
-    measured = outcome.result.measurement
+    measured = outcome.result.measurement.main
+    others = outcome.result.measurement.on.items()
     seconds = sum(outcome.result.seconds.values())
     return (
         f"{head}: {metric} {measured.accuracy:.4f}, {measured.latency_ms:.3f} ms "
-        f"({measured.speedup:.2f}x), {measured.size_bytes:,} bytes, {seconds:.1f} s"
+        f"({measured.speedup:.2f}x), "
+        + "".join(f"{other.latency_ms:.3f} ms on {name} ({other.speedup:.2f}x), " for name, other in others if name)
+        + f"{measured.size_bytes:,} bytes, {seconds:.1f} s"
         + (", noisy" if outcome.result.noisy else "")
     )
 

@@ -18,9 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 from paretune.errors import JobError
 from paretune.objectives.measurement import Measurement, Record
 from paretune.search._runfiles import redacted
-from paretune.search.front import DIRECTIONS, feasible, violation
+from paretune.search.front import feasible, violation
 from paretune.search.job import Job
-from paretune.search.job_types import Constraint
+from paretune.search.job_types import Constraint, direction
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
@@ -69,7 +69,7 @@ class SearchStudy:
             study_name=name,
             storage=open_storage(url),
             sampler=sampler,
-            directions=[DIRECTIONS[objective] for objective in objectives],
+            directions=[direction(objective) for objective in objectives],
             load_if_exists=True,
         )
         with warnings.catch_warnings():
@@ -92,6 +92,12 @@ class SearchStudy:
         trial.set_user_attr(_PLAN, plan.to_dict())
         self._running[trial.number] = trial
         return Proposal(trial.number, plan, source)
+
+    def lacking(self, record: Record) -> str:
+        """Name of an objective, or of what is bounded, that a record has no value of; empty where it has all."""
+        known = record.measurement.to_dict()
+        wanted = (*self.objectives, *(constraint.name for constraint in self.constraints))
+        return next((name for name in wanted if name not in known), "")
 
     def complete(self, number: int, record: Record) -> None:
         """Tell what a trial measured."""

@@ -36,7 +36,7 @@ def verify_front(
         row = next(row for row in members if row.number == outcome.number)
         if outcome.error:
             report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
-        elif outcome.result.measurement.accuracy >= row.measurement.accuracy:
+        elif outcome.result.measurement.main.accuracy >= row.measurement.main.accuracy:
             artifacts[row.number] = run / "trials" / str(row.number) / "verified"
     executor.close()
     fresh = make_executor(job, run, workers=1)
@@ -78,7 +78,7 @@ def _members(study: SearchStudy, limit: int | None) -> list[TrialRow]:
         if not behind:
             break
         members += _spread(behind, limit - len(members))
-    return sorted(members, key=lambda row: row.measurement.latency_ms)
+    return sorted(members, key=lambda row: row.measurement.main.latency_ms)
 
 
 def _spread(front: Sequence[TrialRow], limit: int | None) -> list[TrialRow]:

@@ -132,16 +132,12 @@ class QuantizedLayer(nn.Module):
             return _through_fp8(rows, self.weight_scale[:, None]).view_as(weight)
         grid = (self.weight_scale, self.weight_zero_point, 0)
         if self.scheme.block:
+            if torch.onnx.is_in_onnx_export():
+                return weight  # the exporter knows no such grid: `export_onnx` puts the levels in its place
             rows, limit = weight.reshape(len(self.weight_scale), -1), 2 ** (self.bits - 1)
             return torch.fake_quantize_per_channel_affine(rows, *grid, -limit, limit - 1).view_as(weight)
-        if self.scheme.block:
-            limit = 2 ** (self.bits - 1)
-            rows = weight.reshape(-1, self.scheme.block)
-            return torch.fake_quantize_per_channel_affine(
-                rows, self.weight_scale, self.weight_zero_point, 0, -limit, limit - 1
-            ).view_as(weight)
         # The container is int8 whatever the width, as the exporter and the runtimes want it.
-        return torch.fake_quantize_per_channel_affine(weight, self.weight_scale, self.weight_zero_point, 0, -128, 127)
+        return torch.fake_quantize_per_channel_affine(weight, *grid, -128, 127)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         layer = cast(Any, self.layer)
@@ -165,7 +161,11 @@ class QuantizedLayer(nn.Module):
         weight = cast(Tensor, self.layer.weight)
         largest = weight.reshape(len(self.weight_scale), -1).abs().amax(dim=1)
         top = _FP8_MAX if self.scheme.number == "fp8" else 2 ** (self.bits - 1) - 1
-        self.weight_scale.copy_((largest / top).clamp_min(1e-8))
+        scale = (largest / top).clamp_min(1e-8)
+        if self.input is not None and self.layer.bias is not None:
+            # Integer kernels add the bias as int32, in units of both scales: it must fit, with room to be trained.
+            scale = torch.maximum(scale, cast(Tensor, self.layer.bias).abs() / (self.input.scale * 2**30))
+        self.weight_scale.copy_(scale)
 
 
 _CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -215,7 +215,12 @@ def insert_quantizers(model: nn.Module, bits: dict[str, int], schemes: Schemes, 
         ceilings = {name: ceiling for name, ceiling in found.items() if ceiling is not None}
     for name, scheme in chosen.items():
         layer = model.get_submodule(name)
-        _check_blocks(name, layer, scheme)
+        if not fits(layer, scheme):
+            got = f"{layer.in_features}" if isinstance(layer, nn.Linear) else f"it is a {type(layer).__name__}"
+            raise TrialError(
+                f"a layer with weights in blocks must be linear with a multiple of {scheme.block} inputs, but got "
+                f"{name}: {got}; give it another width"
+            )
         replace_module(model, name, QuantizedLayer(layer, bits[name], scheme, ceiling=ceilings.get(name)))
 
 
@@ -229,15 +234,9 @@ def _ceiling(operation: Any) -> float | None:
     return None
 
 
-def _check_blocks(name: str, layer: Any, scheme: Scheme) -> None:
-    if scheme.block and (not isinstance(layer, nn.Linear) or layer.in_features % scheme.block):
-        got = (
-            f"{name}, which has {layer.in_features}" if isinstance(layer, nn.Linear) else f"{name}, which isn't linear"
-        )
-        raise TrialError(
-            f"a layer with weights in blocks must be linear with a multiple of {scheme.block} inputs, but got {got}; "
-            "give it another width"
-        )
+def fits(layer: nn.Module, scheme: Scheme) -> bool:
+    """Whether a layer can be quantized so: blocks are for linear layers whose inputs they part evenly."""
+    return scheme.block is None or (isinstance(layer, nn.Linear) and layer.in_features % scheme.block == 0)
 
 
 def freeze_quantizers(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paretune.errors import JobError, ParetuneError, TrialError
 from paretune.objectives import artifact
-from paretune.objectives.artifact import CARD, FILES, MODEL, PLAN, WEIGHTS, Card, load_module, probe_difference
+from paretune.objectives.artifact import CARD, PLAN, PROBE, WEIGHTS, Card, load_module, probe_difference
 from paretune.objectives.baseline import Baseline, make_baseline, probe_widths, profile, profile_layers
 from paretune.objectives.data import call
 from paretune.objectives.evaluate import Evaluator, Stopwatch
@@ -29,6 +29,8 @@ from paretune.objectives.runtimes import LoadOptions, Target, get_runtime
 from paretune.objectives.scoring import artifact_outputs
 from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
 
+MODEL = "model.onnx"
+FILES = (PLAN, WEIGHTS, PROBE, MODEL)
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 DENSE = CompressionPlan(finetune=Finetuning(learning_rate=1e-4))
 SMALL = CompressionPlan(
@@ -63,17 +65,17 @@ def trial(request: pytest.FixtureRequest) -> Trial:
 
 
 def test_record(trial: Trial) -> None:
-    record, measured = trial.record, trial.record.measurement
-    assert measured.is_finite()
+    record, measured = trial.record.main, trial.record.measurement.main
+    assert trial.record.measurement.is_finite()
     assert 0.85 <= measured.accuracy <= 1
     assert 0 < measured.latency_low_ms <= measured.latency_ms <= measured.latency_high_ms
     assert measured.speedup > 0
     assert record.early_latency_ms > 0
     assert measured.size_bytes == record.early_size_bytes == (trial.folder / MODEL).stat().st_size
     assert record.executed == {name: trial.plan.quantize.bits.get(name, 32) for name in LAYERS}
-    assert record.seconds.keys() == {"compress", "train", "deploy", "score", "measure", "save"}
-    assert all(seconds > 0 for seconds in record.seconds.values())
-    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert trial.record.seconds.keys() == {"compress", "train", "deploy", "score", "measure", "save"}
+    assert all(seconds > 0 for seconds in trial.record.seconds.values())
+    assert Record.from_dict(json.loads(json.dumps(trial.record.to_dict()))) == trial.record
 
 
 def test_parameters_and_macs_are_the_promised_ones(dense: Trial, small: Trial, problem: Problem) -> None:
@@ -83,18 +85,22 @@ def test_parameters_and_macs_are_the_promised_ones(dense: Trial, small: Trial, p
     fc1, fc2 = 16 * 4 * 24 + 24, 24 * 10 + 10
     assert small.record.measurement.params == conv1 + conv2 + fc1 + fc2
     assert small.record.measurement.macs == 16 * 9 * 64 + 16 * 16 * 9 * 16 + 64 * 24 + 240
-    assert small.record.measurement.size_bytes < dense.record.measurement.size_bytes
+    assert small.record.measurement.main.size_bytes < dense.record.measurement.main.size_bytes
 
 
-def test_the_folder_is_complete(trial: Trial) -> None:
+def test_the_folder_is_complete(trial: Trial, problem: Problem) -> None:
     assert {path.name for path in trial.folder.iterdir()} == {*FILES, CARD}
     assert [path.name for path in trial.folder.parent.iterdir()] == [trial.folder.name], "nothing unfinished is left"
     assert CompressionPlan.from_json((trial.folder / PLAN).read_text()) == trial.plan
     card = Card.read(trial.folder)
-    assert card.target == Target("openvino", "cpu", 8, 1)
-    assert card.float_bits == 32
+    assert card.deployed.keys() == {""}
+    assert card.main.target == Target("openvino", "cpu", 8, 1)
+    assert (card.main.float_bits, card.main.float_format, card.main.model) == (32, "f32", MODEL)
+    assert {width: scheme.to_dict() for width, scheme in card.schemes.items()} == {
+        width: scheme.to_dict() for width, scheme in problem.schemes.items()
+    }
     assert card.plan_hash == trial.plan.hash
-    assert Measurement(**card.metrics["validation"]) == trial.record.measurement
+    assert Measurement.from_dict(card.metrics["validation"]) == trial.record.measurement
     assert card.metrics.keys() == {"validation"}
     assert card.environment["torch"] == metadata.version("torch")
     artifact.verify_files(trial.folder)
@@ -109,7 +115,7 @@ def test_the_artifact_agrees_with_the_module_rebuilt_from_it(trial: Trial, probl
     with torch.no_grad():
         expected = call(module, split.inputs)
     assert (outputs.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
-    assert problem.task.metric(outputs, split.targets) == trial.record.measurement.accuracy
+    assert problem.task.metric(outputs, split.targets) == trial.record.measurement.main.accuracy
     if trial.plan is DENSE:
         torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=1e-3)
 
@@ -127,16 +133,16 @@ def test_a_fresh_process_gives_the_same_outputs_bit_for_bit(trial: Trial, tmp_pa
 
 def test_the_probe_is_real_data(trial: Trial, problem: Problem) -> None:
     inputs, outputs = artifact.load_probe(trial.folder)
-    assert (inputs["input"] == problem.batch()["input"]).all()
+    assert (inputs["input"] == problem.batch(8)["input"]).all()
     assert outputs.shape == (8, 10)
-    assert artifact.load_session(trial.folder, threads=1).run(inputs).tolist() == outputs.tolist()
+    assert artifact.load_session(trial.folder).run(inputs).tolist() == outputs.tolist()
 
 
 def test_equal_seeds_give_equal_weights(small: Trial, evaluator: Evaluator, tmp_path: Path) -> None:
     again = evaluator.evaluate(SMALL, tmp_path / "again", seed=0, epochs=3)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (small.folder / WEIGHTS).read_bytes()
     assert (tmp_path / "again" / MODEL).read_bytes() == (small.folder / MODEL).read_bytes()
-    assert again.measurement.accuracy == small.record.measurement.accuracy
+    assert again.measurement.main.accuracy == small.record.measurement.main.accuracy
     evaluator.evaluate(SMALL, tmp_path / "again", seed=1, epochs=3)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() != (small.folder / WEIGHTS).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again"], "the folder was replaced"
@@ -177,16 +183,11 @@ def test_a_failed_trial_leaves_the_older_artifact(evaluator: Evaluator, small: T
     artifact.verify_files(small.folder)
 
 
-def test_a_layer_that_the_artifact_lacks_fails_the_trial(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
-    with pytest.raises(TrialError, match="ghost was to run in 32 bits and isn't found"):
-        Evaluator(problem, baseline, ["conv1", "ghost"]).evaluate(DENSE, tmp_path / "trial", seed=0)
-
-
-def test_a_layer_in_another_width_fails_the_trial(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
-    """4 bits are deployed in an int8 container, so they run as 8."""
-    plan = CompressionPlan(quantize=Quantization(bits={"conv2": 4}))
-    with pytest.raises(TrialError, match="conv2 was to run in 4 bits and runs in 8"):
-        Evaluator(problem, baseline, list(LAYERS)).evaluate(plan, tmp_path / "trial", seed=0)
+def test_a_layer_in_another_width_fails_the_trial(evaluator: Evaluator, tmp_path: Path) -> None:
+    """5 bits are deployed in an int8 container, so they run as 8."""
+    plan = CompressionPlan(quantize=Quantization(bits={"conv2": 5}))
+    with pytest.raises(TrialError, match="conv2 was to run in 5 bits and runs in 8"):
+        evaluator.evaluate(plan, tmp_path / "trial", seed=0)
 
 
 def test_another_teacher_teaches(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_another_teacher_teaches(problem: Problem, baseline: Baseline, tmp_path:
     other = replace(problem, teacher=ModelSource("tests.nets:PlainCNN"))
     torch.manual_seed(1)
     for name, known in (("own", problem), ("other", other)):
-        Evaluator(known, baseline, list(LAYERS)).evaluate(plan, tmp_path / name, seed=0)
+        Evaluator(known, baseline).evaluate(plan, tmp_path / name, seed=0)
     weights = [load_file(tmp_path / name / WEIGHTS)["fc2.weight"] for name in ("own", "other")]
     assert not torch.equal(weights[0], weights[1])
 
@@ -226,26 +227,26 @@ def test_cards_of_other_schemas_are_refused(small: Trial, tmp_path: Path) -> Non
 
 
 def test_baseline(baseline: Baseline, problem: Problem, trained: torch.nn.Module) -> None:
-    measured = baseline.measurement
-    assert baseline.float_bits == 32
-    assert measured.is_finite()
+    measured = baseline.measurement.main
+    assert baseline.float_bits == {"": 32}
+    assert baseline.measurement.is_finite()
     assert 0 < measured.latency_low_ms <= measured.latency_ms <= measured.latency_high_ms
-    assert measured.params == problem.analyse().params
+    assert baseline.measurement.params == problem.analyse().params
     validation = problem.splits.validation
     assert isinstance(validation.inputs, Tensor)
     with torch.no_grad():
         accuracy = problem.task.metric(trained(validation.inputs), validation.targets)
     assert measured.accuracy == pytest.approx(accuracy, abs=0.005)
-    assert baseline.to_dict() == {"format": "f32", "validation": measured.to_dict()}
+    assert baseline.to_dict() == {"format": "f32", "validation": baseline.measurement.to_dict()}
     assert Card.read(baseline.folder).plan_hash == CompressionPlan().hash
     assert probe_difference(baseline.folder) == 0.0
-    assert baseline.session().run(problem.batch()).shape == (8, 10)
+    assert baseline.session().run(problem.batch(8)).shape == (8, 10)
 
 
 def test_baseline_picks_among_the_formats_of_the_runtime(problem: Problem, tmp_path: Path) -> None:
     made = make_baseline(problem, problem.analyse(), tmp_path / "run" / "baseline")
-    assert made.float_bits in get_runtime("openvino").capabilities("cpu").float_bits
-    assert made.to_dict()["format"] == {32: "f32", 16: "bf16"}[made.float_bits]
+    formats = get_runtime("openvino").capabilities("cpu").float_formats
+    assert made.to_dict()["format"] == formats[made.float_bits[""]]
     assert probe_difference(made.folder) == 0.0
     assert [path.name for path in made.folder.parent.iterdir()] == ["baseline"]
 
@@ -262,7 +263,7 @@ def test_profile(problem: Problem, baseline: Baseline) -> None:
 def test_probed_widths_are_those_that_the_runtime_executes(problem: Problem, baseline: Baseline) -> None:
     analysis = problem.analyse()
     executed = get_runtime("openvino").capabilities("cpu").integer_bits
-    probed = probe_widths(problem, analysis, 32)
+    probed = probe_widths(problem, analysis, baseline)
     assert probed == {layer.name: (32, *executed[layer.kind]) for layer in analysis.layers}
     known = profile(problem, baseline, analysis)
     assert known.widths == probed
@@ -282,13 +283,14 @@ def test_verification_scores_both_splits_and_rewrites_the_cards(
         card = Card.read(verified.folder)
         assert card.metrics == {"validation": verified.validation.to_dict(), "test": verified.test.to_dict()}
         scored = artifact_outputs(get_runtime("openvino"), verified.folder / MODEL, LoadOptions(1), problem.splits.test)
-        assert verified.test.accuracy == problem.task.metric(*scored)
-        assert verified.test.latency_low_ms <= verified.test.latency_ms <= verified.test.latency_high_ms
-        assert replace(verified.test, accuracy=0.0) == replace(verified.validation, accuracy=0.0)
+        test = verified.test.main
+        assert test.accuracy == problem.task.metric(*scored)
+        assert test.latency_low_ms <= test.latency_ms <= test.latency_high_ms
+        assert replace(test, accuracy=0.0) == replace(verified.validation.main, accuracy=0.0)
         assert verified.test.is_finite()
         artifact.verify_files(verified.folder)
     for trial, verified in zip(trials, found[1:], strict=True):
-        assert verified.validation.accuracy == trial.record.measurement.accuracy, "scoring again finds the same"
+        assert verified.validation.main.accuracy == trial.record.measurement.main.accuracy, "as before"
         before = Card.read(trial.folder)
         assert replace(Card.read(verified.folder), metrics=before.metrics) == before
 
@@ -302,3 +304,53 @@ def test_stopwatch_adds_up() -> None:
     with pytest.raises(ZeroDivisionError), watch.phase("score"):
         raise ZeroDivisionError
     assert watch.seconds.keys() == {"train", "score"}
+
+
+@pytest.fixture(scope="module")
+def two_targets(problem: Problem) -> Problem:
+    return replace(problem, others={"big": Target("openvino", batch_size=32), "ort": Target("onnxruntime")})
+
+
+@pytest.fixture(scope="module")
+def two_baselines(two_targets: Problem, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
+    folder = tmp_path_factory.mktemp("targets") / "baseline"
+    return make_baseline(two_targets, two_targets.analyse(), folder, float_bits=(32,))
+
+
+def test_one_training_serves_every_target(two_targets: Problem, two_baselines: Baseline, tmp_path: Path) -> None:
+    names = {"", "big", "ort"}
+    evaluator = Evaluator(two_targets, two_baselines)
+    record = evaluator.evaluate(SMALL, tmp_path / "trial", seed=0)
+    assert record.measurement.on.keys() == record.deployments.keys() == names
+    assert record.measurement.is_finite()
+    assert len({on.latency_ms for on in record.measurement.on.values()}) == 3
+    assert all(deployment.executed["conv2"] == 8 for deployment in record.deployments.values())
+    card = Card.read(tmp_path / "trial")
+    models = {name: deployed.model for name, deployed in card.deployed.items()}
+    assert models == {"": MODEL, "big": MODEL, "ort": "model@ort.onnx"}, "one runtime needs one file"
+    assert card.files.keys() == {PLAN, WEIGHTS, PROBE, *models.values()}
+    batches = {name: deployed.target.batch_size for name, deployed in card.deployed.items()}
+    assert batches == {"": 8, "big": 32, "ort": 1}
+    for name in names:
+        session = artifact.load_session(tmp_path / "trial", name)
+        assert session.run(two_targets.batch(batches[name])).shape == (batches[name], 10)
+    verified = evaluator.verify([tmp_path / "trial"], rounds=1)[0]
+    assert verified.test.on.keys() == names
+    assert len({on.latency_ms for on in verified.test.on.values()}) == 3
+
+
+def test_baselines_of_every_target(two_baselines: Baseline) -> None:
+    assert two_baselines.float_bits.keys() == {"", "big", "ort"}
+    assert two_baselines.float_bits["ort"] == 32
+    described = two_baselines.to_dict()
+    assert (described["format"], described["format@ort"]) == ("f32", "f32")
+    assert described["validation"]["latency_ms@big"] > 0
+
+
+def test_layers_get_the_widths_that_every_target_runs(two_targets: Problem, two_baselines: Baseline) -> None:
+    probed = probe_widths(two_targets, two_targets.analyse(), two_baselines)
+    capabilities = [site.capabilities for site in two_targets.sites.values()]
+    for layer in two_targets.analyse().layers:
+        assert probed[layer.name][0] == 32
+        assert all(set(probed[layer.name][1:]) <= set(known.widths(layer.kind)) for known in capabilities)
+    assert probed["conv2"] == (32, 8)

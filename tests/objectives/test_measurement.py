@@ -8,22 +8,40 @@ from dataclasses import replace
 
 import pytest
 
-from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Measurement, Record
+from tests.records import measurement, on_target, record
 
-CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
-
-MEASUREMENT = Measurement(0.9, 1.0, 0.9, 1.1, 2.0, 1000, 500, 10_000)
-RECORD = Record(MEASUREMENT, 1.2, 1000, {"conv": 8, "fc": 32}, CLOCK, {"train": 3.5}, noisy=True)
+ONE = measurement(0.9, 1.0)
+TWO = replace(ONE, on={**ONE.on, "gpu": replace(on_target(0.89, 0.2), energy_mj=3.5)})
 
 
-def test_round_trip() -> None:
-    assert Record.from_dict(json.loads(json.dumps(RECORD.to_dict()))) == RECORD
-    assert Measurement(**MEASUREMENT.to_dict()) == MEASUREMENT
+@pytest.mark.parametrize("found", [ONE, TWO], ids=["one target", "two"])
+def test_round_trip(found: Measurement) -> None:
+    before = record(found, noisy=True)
+    assert Record.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+    assert Measurement.from_dict(found.to_dict()) == found
+
+
+def test_values_are_named_after_their_target() -> None:
+    found = TWO.to_dict()
+    assert found["latency_ms"] == 1.0
+    assert found["latency_ms@gpu"] == 0.2
+    assert found["energy_mj@gpu"] == 3.5
+    assert "energy_mj" not in found, "what wasn't measured isn't there"
+    assert ONE.to_dict().keys() < found.keys()
 
 
 @pytest.mark.parametrize("name", ["accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_every_number_must_be_finite(name: str, value: float) -> None:
-    assert MEASUREMENT.is_finite()
-    assert not replace(MEASUREMENT, **{name: value}).is_finite()
+@pytest.mark.parametrize("target", ["", "gpu"])
+def test_every_number_must_be_finite(name: str, value: float, target: str) -> None:
+    assert TWO.is_finite()
+    spoilt = replace(TWO.on[target], **{name: value})
+    assert not replace(TWO, on={**TWO.on, target: spoilt}).is_finite()
+
+
+def test_one_noisy_target_makes_a_noisy_trial() -> None:
+    quiet = record(TWO)
+    assert not quiet.noisy
+    deployments = {**quiet.deployments, "gpu": replace(quiet.deployments["gpu"], noisy=True)}
+    assert replace(quiet, deployments=deployments).noisy

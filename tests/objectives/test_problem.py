@@ -46,7 +46,7 @@ def test_a_good_problem_passes(problem: Problem) -> None:
     assert isinstance(problem.example, Tensor)
     assert problem.example.shape == (2, 1, 8, 8)
     assert problem.channels == {"conv1": 16, "conv2": 32, "fc1": 32, "fc2": 10}
-    (name, array), *rest = problem.batch().items()
+    (name, array), *rest = problem.batch(problem.target.batch_size).items()
     assert (name, array.shape, rest) == ("input", (8, 1, 8, 8), [])
     assert isinstance(problem.splits.validation.inputs, Tensor)
     np.testing.assert_array_equal(array, problem.splits.validation.inputs[:8].numpy())
@@ -103,7 +103,7 @@ def test_the_validation_split_must_hold_a_batch(problem: Problem, length: int, b
     small = replace(problem, splits=splits, target=Target("openvino", batch_size=batch))
     if fits:
         small.check()
-        assert len(small.batch()["input"]) == batch
+        assert len(small.batch(batch)["input"]) == batch
     else:
         with pytest.raises(JobError, match="larger validation split"):
             small.check()

@@ -153,6 +153,9 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
         load_job(write(tmp_path), [override])
 
 
+TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 64}]\n"
+
+
 @pytest.mark.parametrize(
     ("addition", "message"),
     [
@@ -214,8 +217,33 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
         ),
         pytest.param("finetune: {quantized_share: 2}", r"quantized_share must be less than or equal to 1", id="share"),
         pytest.param("finetune: {gradient_clip: 0}", r"gradient_clip must be greater than 0", id="clip"),
+        pytest.param("finetune: {device: gpu}", r"finetune\.device must be auto, cpu, cuda or cuda:N", id="train on"),
+        pytest.param("finetune: {precision: fp16}", r"finetune\.precision.*'float16'", id="precision"),
+        pytest.param("finetune: {tf32: 3}", r"finetune\.tf32 must be", id="tf32"),
         pytest.param("target: {threads: 0}", r"target\.threads must be greater than or equal to 1", id="threads"),
         pytest.param("target: {runtime: ''}", r"target\.runtime must have at least 1 character", id="runtime"),
+        pytest.param("target: {options: {half: [1]}}", r"target\.options\.half", id="options"),
+        pytest.param(TWO + "target: {}", r"target must not stand beside targets", id="target and targets"),
+        pytest.param(
+            "targets: [{batch_size: 0}]",
+            r"targets\[0\]\.batch_size must be greater than or equal to 1",
+            id="in targets",
+        ),
+        pytest.param(
+            "targets: [{}, {batch_size: 8}, {batch_size: 8}]", r"targets must have different", id="same names"
+        ),
+        pytest.param("targets: [{objective: false}]", r"must be true for the first target", id="first target"),
+        pytest.param(
+            TWO + "objectives: [accuracy, latency_ms@small]",
+            r"objectives must name a further target after @.*the job has big",
+            id="unknown target",
+        ),
+        pytest.param("constraints: ['latency_ms@big <= 3']", r"the job has none", id="bound on no target"),
+        pytest.param(
+            "objectives: [accuracy, latency_ms, params, macs]\n" + TWO,
+            r"objectives must be at most four",
+            id="too many",
+        ),
         pytest.param("objectives: [latency_ms, params]", r"objectives must be two to four.*accuracy", id="no accuracy"),
         pytest.param("objectives: [accuracy]", r"objectives must be two to four", id="one objective"),
         pytest.param(
@@ -374,3 +402,21 @@ def test_reading_a_job_imports_neither_torch_nor_optuna(tmp_path: Path) -> None:
 def test_names_known_without_torch_are_those_that_exist() -> None:
     assert set(DATA_NAMES) == set(BUILTIN)
     assert set(TASK_NAMES) == set(TASKS)
+
+
+def test_several_targets(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + TWO + "constraints: ['latency_ms@big <= 3']"))
+    assert (job.target.runtime, job.target.batch_size) == ("openvino", 1)
+    assert job.other_targets["big"].batch_size == 64
+    assert job.all_objectives == ["accuracy", "latency_ms", "latency_ms@big"]
+    assert job.devices == ("cpu", "cpu")
+    (tmp_path / "again.yaml").write_text(job.to_yaml())
+    again = load_job(tmp_path / "again.yaml")
+    assert again.targets == job.targets
+    assert again.target == job.target
+
+
+def test_targets_that_are_only_reported(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + "targets: [{}, {device: 'cuda:1', objective: false}]"))
+    assert job.all_objectives == ["accuracy", "latency_ms"]
+    assert list(job.other_targets) == ["openvino-cuda1-b1"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from paretune.errors import JobError
-from paretune.objectives.artifact import Card, write_card
-from paretune.objectives.latency import Latency
-from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.artifact import Card, Deployed, write_card
+from paretune.objectives.compress.schemes import STATIC
+from paretune.objectives.measurement import Measurement
 from paretune.objectives.runtimes import Target
 from paretune.objectives.verify import Verified
 from paretune.search.front_json import SCHEMA, read_front
@@ -24,21 +24,18 @@ from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, study_url
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
-
-CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
+from tests.records import measurement, record
 
 SPACE = SearchSpace(grids={"stem": [8, 16, 32]}, widths={"stem": (32, 8), "head": (32, 8)})
 TARGET = Target(runtime="openvino", device="cpu", batch_size=8, threads=1)
 METRICS = {"accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "size_bytes", "params", "macs"}
 
 
-def measurement(accuracy: float, latency: float, size: int = 900) -> Measurement:
-    return Measurement(accuracy, latency, latency - 0.05, latency + 0.05, 4 / latency, size, 200, 3000)
-
-
 def new_study(run: Path, *, objectives: tuple[str, ...] = ("accuracy", "latency_ms"), bound: str = "") -> SearchStudy:
     """A study beside a baseline of 4 ms."""
-    card = Card(TARGET, 32, {}, {"validation": measurement(0.95, 4.0).to_dict()}, {}, CompressionPlan().hash, {})
+    metrics = {"validation": measurement(0.95, 4.0).to_dict()}
+    deployed = Deployed(TARGET, "model.onnx", 32, "f32", {})
+    card = Card(deployed, {}, STATIC, metrics, {}, CompressionPlan().hash, {})
     (run / BASELINE).mkdir(parents=True)
     write_card(run / BASELINE, card)
     constraints = [Constraint.model_validate(bound)] if bound else []
@@ -53,11 +50,11 @@ def tell(study: SearchStudy, *measurements: Measurement | str) -> None:
         if isinstance(found, str):
             study.fail(number, found)
         else:
-            study.complete(number, Record(found, found.latency_ms, found.size_bytes, {"stem": 8}, CLOCK))
+            study.complete(number, record(found))
 
 
 def verified(run: Path, number: int, validation: Measurement, *, folder: str = "artifact") -> Verified:
-    test = replace(validation, accuracy=validation.accuracy - 0.01)
+    test = replace(validation, on={"": replace(validation.main, accuracy=validation.main.accuracy - 0.01)})
     return Verified(run / "trials" / str(number) / folder, validation, test)
 
 
@@ -71,10 +68,11 @@ def test_the_front_of_a_running_search(tmp_path: Path) -> None:
     tell(study, measurement(0.95, 4.0), measurement(0.9, 1.0), "a reason", measurement(0.8, 2.0))
     write_front(run, study, "accuracy")
     front = load(run)
-    keys = {"schema", "run", "verified", "target", "metric", "objectives", "baseline", "points"}
+    keys = {"schema", "run", "verified", "target", "targets", "metric", "objectives", "baseline", "points"}
     assert front.keys() == keys
     assert (front["schema"], front["run"], front["verified"], front["metric"]) == (1, "small", False, "accuracy")
-    assert front["target"] == {"runtime": "openvino", "device": "cpu", "batch_size": 8, "threads": 1}
+    assert front["target"] == {"runtime": "openvino", "device": "cpu", "batch_size": 8, "threads": 1, "options": {}}
+    assert front["targets"] == {}
     assert front["objectives"] == [
         {"name": "accuracy", "direction": "maximize"},
         {"name": "latency_ms", "direction": "minimize"},
@@ -159,7 +157,7 @@ def test_trials_as_a_table(tmp_path: Path) -> None:
         reader = csv.DictReader(file)
         rows = list(reader)
     fixed = ["trial", "state", "source", "accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup"]
-    fixed += ["size_bytes", "params", "macs", "feasible", "seconds", "started", "plan_hash", "error"]
+    fixed += ["size_bytes", "params", "macs", "feasible", "noisy", "seconds", "started", "plan_hash", "error"]
     assert reader.fieldnames == [*fixed, *sorted(SPACE.distributions())]
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3", "4"]
     assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "WAITING"]

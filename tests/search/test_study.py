@@ -10,14 +10,13 @@ import pytest
 from optuna.trial import TrialState
 
 from paretune.errors import JobError
-from paretune.objectives.latency import Latency
-from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.measurement import Record
 from paretune.search.job_types import Constraint
 from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, open_storage, study_url
 from paretune.spaces.space import Options, SearchSpace
-
-CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
+from tests.records import measurement
+from tests.records import record as make_record
 
 SPACE = SearchSpace(
     grids={"stem": [8, 16, 32], "body": [16, 32]},
@@ -39,8 +38,7 @@ def open_study(run: Path, *, constraints: tuple[str, ...] = (), sampler: str = "
 
 
 def record(accuracy: float = 0.9, latency: float = 2.0) -> Record:
-    measured = Measurement(accuracy, latency, latency - 0.1, latency + 0.1, 4 / latency, 1000, 200, 3000)
-    return Record(measured, latency, 1000, {"stem": 8, "body": 32}, CLOCK, {"train": 1.5}, noisy=True)
+    return make_record(measurement(accuracy, latency, half_width=0.1, size=1000), noisy=True)
 
 
 def load(run: Path) -> optuna.Study:

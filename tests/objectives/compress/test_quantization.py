@@ -297,8 +297,8 @@ def test_weights_in_blocks() -> None:
 @pytest.mark.parametrize(
     ("layer", "inputs", "got"),
     [
-        pytest.param(nn.Linear(24, 4), torch.randn(2, 24), "which has 24", id="no whole number of blocks"),
-        pytest.param(nn.Conv2d(3, 32, 1), nets.image(), "isn't linear", id="a convolution"),
+        pytest.param(nn.Linear(24, 4), torch.randn(2, 24), "0: 24", id="no whole number of blocks"),
+        pytest.param(nn.Conv2d(3, 32, 1), nets.image(), "0: it is a Conv2d", id="a convolution"),
     ],
 )
 def test_what_cant_be_parted_into_blocks_fails(layer: nn.Module, inputs: Tensor, got: str) -> None:
