@@ -81,6 +81,11 @@ class RunFiles:
         return sorted(points, key=lambda point: number(point["validation"], "latency_ms") or 0.0)
 
     @property
+    def targets(self) -> dict[str, dict[str, Any]]:
+        """The targets beside the main one, by name."""
+        return self.front.get("targets") or {}
+
+    @property
     def verified(self) -> bool:
         """Whether the baseline and every point of the front were measured on the test split."""
         tested = all(point.get("test") for point in self.points) and bool(self.baseline.get("test"))
@@ -180,9 +185,11 @@ def amount(value: float | None, unit: str = "") -> str:
     return f"{value:.0f}\u202f{unit}".rstrip("\u202f")
 
 
-def milliseconds(metrics: Mapping[str, Any] | None) -> str:
-    """The median latency with three digits and, where known, its interval."""
-    median, low, high = (number(metrics, key) for key in ("latency_ms", "latency_low_ms", "latency_high_ms"))
+def milliseconds(metrics: Mapping[str, Any] | None, target: str = "") -> str:
+    """The median latency on a target with three digits and, where known, its interval."""
+    suffix = f"@{target}" if target else ""
+    keys = ("latency_ms", "latency_low_ms", "latency_high_ms")
+    median, low, high = (number(metrics, f"{key}{suffix}") for key in keys)
     if median is None:
         return UNKNOWN
     digits = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 2

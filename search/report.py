@@ -58,7 +58,7 @@ def write_report(run: Path, *, command: str | None = None) -> Path:
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = pages.get_template("report.html.j2").render(
         run=data,
-        target=describe_target(data.front.get("target")),
+        target=_targets(data),
         samples=number(data.baseline.get("test"), "samples"),
         headline=_headline(data),
         counts=_counts(data),
@@ -83,6 +83,12 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def _targets(run: RunFiles) -> str:
+    main = describe_target(run.front.get("target"))
+    others = [f"{name}: {describe_target(target)}" for name, target in run.targets.items()]
+    return "; ".join([main, *others]) if main else ""
 
 
 def _counts(run: RunFiles) -> str:
@@ -160,7 +166,7 @@ def _front_picture(run: RunFiles) -> str:
             label = ", ".join(picks.get(point["trial"], []))
             found += _mark(point.get(split), scale, shape=_shape(row), title=title, label=label, front=True)
     test = marks["test"] if any(mark.front for mark in marks["test"]) else []
-    subtitle = ". ".join(part for part in (describe_target(run.front.get("target")), _counts(run)) if part)
+    subtitle = ". ".join(part for part in (_targets(run), _counts(run)) if part)
     return charts.front_chart(marks["validation"], test, title=run.name, subtitle=subtitle, accuracy_name=scale.axis)
 
 
@@ -194,6 +200,7 @@ def _front_row(run: RunFiles, entry: Mapping[str, Any], *, name: str) -> dict[st
         (difference, change, "test"),
         (milliseconds(costs), number(costs, "latency_ms"), ""),
         (UNKNOWN if speedup is None else f"{speedup:.2f}\u00d7", speedup, ""),
+        *(cell for name in run.targets for cell in _target_cells(costs, name)),
         (amount(number(costs, "size_bytes"), "B"), number(costs, "size_bytes"), ""),
         (amount(number(costs, "params")), number(costs, "params"), ""),
         (amount(number(costs, "macs")), number(costs, "macs"), ""),
@@ -206,6 +213,15 @@ def _front_row(run: RunFiles, entry: Mapping[str, Any], *, name: str) -> dict[st
         "cells": shown,
     }
     return {**common, "picks": [], "command": "", "verified": bool(test)}
+
+
+def _target_cells(costs: Metrics, target: str) -> list[tuple[str, float | None, str]]:
+    """Latency and speed-up on a further target."""
+    latency, speedup = number(costs, f"latency_ms@{target}"), number(costs, f"speedup@{target}")
+    return [
+        (milliseconds(costs, target), latency, ""),
+        (UNKNOWN if speedup is None else f"{speedup:.2f}\u00d7", speedup, ""),
+    ]
 
 
 def _layer_map(run: RunFiles) -> dict[str, Any]:

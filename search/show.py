@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def print_json(data: Any) -> None:
 
 def print_front(run: Path, front: Mapping[str, Any]) -> None:
     """Print a front as a table, the baseline first."""
-    metric = front["metric"]
+    metric, targets = front["metric"], list(front.get("targets", {}))
     table = Table(title=f"{front['run']}: {'verified front' if front['verified'] else 'front so far, not verified'}")
     for column in (
         "trial",
@@ -34,15 +34,17 @@ def print_front(run: Path, front: Mapping[str, Any]) -> None:
         "latency ms",
         "interval",
         "speed-up",
+        *(column for name in targets for column in (f"ms on {name}", "speed-up")),
         "size kB",
         "",
     ):
         table.add_column(column, justify="left" if column in ("trial", "") else "right")
-    table.add_row(*_cells(f"dense ({front['baseline']['format']})", front["baseline"]), "baseline", style="dim")
+    dense = _cells(f"dense ({front['baseline']['format']})", front["baseline"], targets)
+    table.add_row(*dense, "baseline", style="dim")
     points = front["points"]
     best = knee(points) if points else None
     for i, point in enumerate(points):
-        table.add_row(*_cells(str(point["trial"]), point), "knee" if i == best else "")
+        table.add_row(*_cells(str(point["trial"]), point, targets), "knee" if i == best else "")
     console = Console()
     console.print(table)
     if points:
@@ -51,8 +53,13 @@ def print_front(run: Path, front: Mapping[str, Any]) -> None:
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _cells(name: str, point: Mapping[str, Any]) -> list[str]:
+def _cells(name: str, point: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     validation, test = point["validation"], point.get("test")
+    others = [
+        text
+        for target in targets
+        for text in (f"{validation[f'latency_ms@{target}']:.3f}", f"{validation[f'speedup@{target}']:.2f}x")
+    ]
     return [
         name,
         f"{validation['accuracy']:.4f}",
@@ -60,6 +67,7 @@ def _cells(name: str, point: Mapping[str, Any]) -> list[str]:
         f"{validation['latency_ms']:.3f}",
         f"{validation['latency_low_ms']:.3f} to {validation['latency_high_ms']:.3f}",
         f"{validation['speedup']:.2f}x",
+        *others,
         f"{validation['size_bytes'] / 1000:,.0f}",
     ]
 

@@ -313,3 +313,18 @@ def test_a_broken_front_is_refused_by_name(tmp_path: Path, content: str) -> None
     (tmp_path / "front.json").write_text(content)
     with pytest.raises(JobError, match=r"front\.json must be"):
         write_report(tmp_path)
+
+
+def test_further_targets_get_columns(tmp_path: Path) -> None:
+    front = _front()
+    front["targets"] = {"big": {"runtime": "onnxruntime", "device": "cpu", "batch_size": 64, "threads": 1}}
+    for entry in (front["baseline"], *front["points"]):
+        for split in ("validation", "test"):
+            own = entry[split]
+            entry[split] = own | {f"{key}@big": 10 * own[key] for key in own if key.startswith("latency")}
+            entry[split]["speedup@big"] = 1.23
+    html = write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")
+    assert "latency on big, ms [interval]" in html
+    assert "big: onnxruntime on cpu, batch size 64, 1 thread" in html
+    assert html.count("1.23\u00d7") == 6
+    assert f"{10 * 1.31 * 1.01:.1f} [" in html
