@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from paretune.objectives.device import gpu_uuid
+from paretune.objectives.nvml import find_gpu
 
 PACKAGES = (
     "paretune",
@@ -23,7 +27,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, cores that this process may use, governor and turbo where they can be read."""
+    """Versions, processor, cores that this process may use, load, governor and turbo where readable, and GPUs."""
     governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     boost = _read("/sys/devices/system/cpu/cpufreq/boost")
     return {
@@ -34,8 +38,24 @@ def environment() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "governor": governor or "not readable",
         "boost": {"1": "on", "0": "off"}.get(boost, "not readable"),
+        "load": round(os.getloadavg()[0], 2),
+        **_gpus(),
         **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _gpus() -> dict[str, Any]:
+    """Every GPU that PyTorch sees, with what NVML says of it now; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found: dict[str, Any] = {"cuda": torch.version.cuda}
+    for index in range(torch.cuda.device_count()):
+        gpu = find_gpu(gpu_uuid(f"cuda:{index}"))
+        state = asdict(gpu.state()) if gpu else {"name": torch.cuda.get_device_name(index), "state": "not readable"}
+        found[f"gpu {index}"] = state
+    return found
 
 
 def _version(package: str) -> str:

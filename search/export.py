@@ -19,6 +19,9 @@ from paretune.search.front_json import read_front
 
 Point = Mapping[str, Any]
 
+_STANDALONE = ("openvino", "onnxruntime")
+"""Runtimes whose exported models run without paretune."""
+
 
 def pick(
     run: Path,
@@ -72,7 +75,7 @@ def pick(
 
 
 def export(run: Path, point: Point, destination: Path) -> str:
-    """Copy a point's artifact, add a program that runs it, and have that program check it.
+    """Copy a point's artifact, add a program that runs it on the first target, and have that program check it.
 
     Args:
         run: The run folder.
@@ -94,10 +97,12 @@ def export(run: Path, point: Point, destination: Path) -> str:
     with TemporaryDirectory(dir=destination.parent, prefix=".exporting-") as made:
         folder = Path(made) / "model"
         shutil.copytree(artifact, folder)
-        program = files("paretune.search") / "templates" / "run_artifact.py"
+        card = Card.read(folder)
+        name = "run_artifact.py" if card.main.target.runtime in _STANDALONE else "run_with_paretune.py"
+        program = files("paretune.search") / "templates" / name
         (folder / "run.py").write_text(program.read_text())
         # Where the artifact was measured it must answer bit for bit; other processors may round otherwise.
-        here = Card.read(folder).environment["processor"] == environment()["processor"]
+        here = card.environment["processor"] == environment()["processor"]
         command = [sys.executable, "run.py", *(["--exactly"] if here else [])]
         # A program of its own, outside this process and without paretune: as it will run where it is deployed.
         checked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Runs this exported model: needs openvino, numpy and safetensors, and nothing of paretune.
+"""Runs this exported model: needs numpy, safetensors and the runtime that its card names, and nothing of paretune.
 
     python run.py            checks that it answers the recorded probe as it did when it was measured; --exactly
                              allows no difference, as on the machine that measured it
@@ -11,15 +11,48 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import openvino
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.02
 """Other processors may round otherwise: largest difference that passes, as a share of the largest output."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def openvino_model(path: Path, card: dict) -> Callable[[Arrays], np.ndarray]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    batch = card["target"]["batch_size"]
+    model.reshape({port.any_name: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
+    compiled = core.compile_model(model, "CPU", card["settings"])
+    return lambda inputs: np.array(compiled(inputs)[0])
+
+
+def onnxruntime_model(path: Path, card: dict) -> Callable[[Arrays], np.ndarray]:
+    import onnxruntime
+
+    settings, options = card["settings"], onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings["intra_op_num_threads"]
+    options.inter_op_num_threads = 1
+    options.add_free_dimension_override_by_name("batch", card["target"]["batch_size"])
+    session = onnxruntime.InferenceSession(
+        str(path),
+        options,
+        providers=[settings["provider"]],
+        # These would run layers in other widths than they were trained for.
+        disabled_optimizers=settings["disabled_optimizers"].split(","),
+    )
+    return lambda inputs: session.run(None, inputs)[0]
+
+
+RUNTIMES = {"openvino": openvino_model, "onnxruntime": onnxruntime_model}
 
 
 class Model:
@@ -28,20 +61,16 @@ class Model:
     def __init__(self, folder: Path = HERE) -> None:
         card = json.loads((folder / "card.json").read_text())
         self.batch_size = card["target"]["batch_size"]
-        core = openvino.Core()
-        model = core.read_model(str(folder / "model.onnx"))
-        shapes = {port.any_name: [self.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs}
-        model.reshape(shapes)
-        self._model = core.compile_model(model, "CPU", card["settings"])
+        self._run = RUNTIMES[card["target"]["runtime"]](folder / card["model"], card)
 
-    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def __call__(self, inputs: Arrays) -> np.ndarray:
         count = len(next(iter(inputs.values())))
         outputs = []
         for start in range(0, count, self.batch_size):
             part = {name: array[start : start + self.batch_size] for name, array in inputs.items()}
             length = len(next(iter(part.values())))
             full = {name: np.resize(array, (self.batch_size, *array.shape[1:])) for name, array in part.items()}
-            outputs.append(np.array(self._model(full)[0])[:length])
+            outputs.append(self._run(full)[:length])
         return np.concatenate(outputs)
 
 

@@ -363,7 +363,7 @@ def test_sigterm_ends_a_search_in_order(new_run: NewRun) -> None:
     ("sections", "message"),
     [
         pytest.param(
-            {"space": {"bits": [4]}}, r"^space\.bits must be widths that the runtime .* but got 4;", id="4 bits"
+            {"space": {"bits": [3]}}, r"^space\.bits must be widths that the runtime .* but got 3;", id="3 bits"
         ),
         pytest.param({"space": {"bits": [32, 16]}}, r"^space\.bits must name at most one float", id="two floats"),
         pytest.param({"target": {"runtime": "tensorflow"}}, r"^target\.runtime .*tensorflow", id="unknown runtime"),
@@ -404,3 +404,27 @@ def test_a_job_file_whose_module_fails(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(JobError, match=r"^model\.factory .*OSError: no licence"):
         run(tmp_path / "job.yaml", report=lambda line: None)
     assert not (tmp_path / "tiny").exists()
+
+
+def test_several_targets_from_one_training(tiny: TinyJob, tmp_path: Path) -> None:
+    keys = tiny.keys(tmp_path, search={"trials": 3}, constraints=["latency_ms@ort <= 1000"])
+    del keys["target"]
+    keys["targets"] = [{"batch_size": 8}, {"name": "ort", "runtime": "onnxruntime", "batch_size": 4}]
+    lines: list[str] = []
+    folder = run(keys, report=lines.append)
+    front = read_front(folder)
+    assert front["verified"] is True
+    assert front["targets"]["ort"]["runtime"] == "onnxruntime"
+    assert [objective["name"] for objective in front["objectives"]] == ["accuracy", "latency_ms", "latency_ms@ort"]
+    for entry in (front["baseline"], *front["points"]):
+        assert entry["test"]["latency_ms"] > 0
+        assert entry["test"]["latency_ms@ort"] > 0
+    assert any("ms on ort" in line for line in lines if line.startswith("trial"))
+    assert all(float(row["latency_ms@ort"]) > 0 for row in table_of(folder))
+    assert all(len(trial.values) == 3 for trial in trials_of(folder))
+    assert run_again_is_done(folder)
+
+
+def run_again_is_done(folder: Path) -> bool:
+    before = snapshot(folder)
+    return resume(folder, report=lambda line: None) == folder and snapshot(folder).keys() == before.keys()
