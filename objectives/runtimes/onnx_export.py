@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.data.inputs import Inputs, call, tensors
-from paretune.objectives.runtimes.onnx_graph import fold_weights
+from paretune.objectives.runtimes.onnx_graph import Blocks, fold_weights
 
 OPSET = 17
+
+_EXPORTER_OPSET = 20
+"""The highest that the TorchScript-based exporter knows."""
+
+_BLOCKS_OPSET = 21
+"""The first with 4-bit weights in blocks. Of what the exporter writes it changed only which types are allowed."""
 
 
 class _Positional(nn.Module):
@@ -45,8 +53,15 @@ def named_arrays(inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.numpy(force=True) for name, tensor in zip(input_names(inputs), values, strict=True)}
 
 
-def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = False) -> None:
-    """Write `model` to `path` as ONNX, its batch dimension free, quantized weights as int8.
+def export_onnx(
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    *,
+    adapt: Callable[[onnx.ModelProto], None] | None = None,
+    dynamo: bool = False,
+) -> None:
+    """Write `model` to `path` as ONNX, its batch dimension free, quantized weights as int8, those in blocks as int4.
 
     Every operation with weights is named after its module, so that a runtime's report can be read back.
 
@@ -54,12 +69,14 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
         model: In eval mode, quantizers frozen.
         inputs: An example batch.
         path: Where the file goes.
+        adapt: What a runtime changes of the model before it is written, in place.
         dynamo: Use torch.export's exporter (10 times slower, needs onnxscript) instead of the TorchScript-based
             one, which is deprecated. For unquantized modules: torch.export can't trace fake quantization.
     """
     names = input_names(inputs)
     args = tuple(tensors(inputs).values())
     wrapped = _Positional(model, names, inputs).eval()
+    blocks = _blocks(wrapped)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if dynamo:
@@ -83,11 +100,28 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: Path, *, dynamo: bool = 
                 path,
                 input_names=names,
                 output_names=["output"],
-                opset_version=OPSET,
+                opset_version=_EXPORTER_OPSET if blocks else OPSET,
                 dynamic_axes={name: {0: "batch"} for name in (*names, "output")},
                 do_constant_folding=False,
                 dynamo=False,
             )
             proto = onnx.load(path)
-    fold_weights(proto.graph)
+    fold_weights(proto.graph, blocks)
+    if blocks:
+        proto.opset_import[0].version = _BLOCKS_OPSET
+        proto.ir_version = max(proto.ir_version, 10)
+    if adapt is not None:
+        adapt(proto)
     onnx.save(proto, path)
+
+
+def _blocks(model: nn.Module) -> dict[str, Blocks]:
+    """The 4-bit weights of a model by the names that the exporter gives to the float ones."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.scheme.block:
+            weight = layer.quantized_weight().detach().cpu()
+            scales = layer.weight_scale.cpu().reshape(len(weight), -1)
+            levels = torch.round(weight.reshape(*scales.shape, -1) / scales[..., None]).reshape(weight.shape)
+            found[f"{name}.layer.weight"] = Blocks(levels.to(torch.int8).numpy(), scales.numpy())
+    return found

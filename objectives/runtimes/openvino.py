@@ -1,4 +1,4 @@
-"""OpenVINO on a CPU: executes f32, bf16 and int8 (docs/decisions/003-runtimes.md)."""
+"""OpenVINO on a CPU: executes f32, bf16, int8, and 4-bit weights of linear layers (docs/decisions/003-runtimes.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import openvino
 from torch import nn
 
 from paretune.errors import JobError, TrialError
+from paretune.objectives.compress.schemes import STATIC, Scheme
 from paretune.objectives.data.inputs import Inputs
 from paretune.objectives.runtimes.base import (
     Array,
@@ -24,9 +25,10 @@ from paretune.objectives.runtimes.base import (
 )
 from paretune.objectives.runtimes.onnx_export import export_onnx
 
-_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8}
+_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8, "i4": 4}
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+_SCHEMES = {**STATIC, 4: Scheme(activations="float", block=32)}
 
 
 class OpenVINO(Runtime):
@@ -41,8 +43,9 @@ class OpenVINO(Runtime):
         _device(device)
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         floats = {32: "f32", 16: "bf16"} if "BF16" in found else {32: "f32"}
-        integers = (8,) if "INT8" in found else ()
-        return Capabilities(floats, dict.fromkeys(_KINDS, integers))
+        if "INT8" not in found:
+            return Capabilities(floats, {}, _SCHEMES)
+        return Capabilities(floats, {**dict.fromkeys(_CONVOLUTIONS, (8,)), "Linear": (8, 4)}, _SCHEMES)
 
     def deploy(self, module: nn.Module, inputs: Inputs, path: Path) -> None:
         export_onnx(module, inputs, path)

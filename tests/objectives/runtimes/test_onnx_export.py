@@ -15,10 +15,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from paretune.objectives.compress.quantization import QuantizedLayer
+from paretune.objectives.compress.schemes import STATIC, Scheme
 from paretune.objectives.data import Inputs
 from paretune.objectives.runtimes.onnx_export import export_onnx, input_names, named_arrays
 from tests import nets
-from tests.objectives.runtimes.contract import prepared
+from tests.objectives.runtimes.contract import Blocks, blocks, prepared
 
 
 def graph_of(path: Path) -> Any:
@@ -96,6 +97,41 @@ def test_a_module_called_twice_gets_a_number(tmp_path: Path, bits: int) -> None:
     export_onnx(prepared(nets.Twice, nets.vector(), bits), nets.vector(), tmp_path / "m.onnx")
     graph = graph_of(tmp_path / "m.onnx")
     assert [node.name for node in graph.node if node.op_type == "Gemm"] == ["first", "again", "again#2", "head"]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_equal_weights_keep_their_own_names(tmp_path: Path, bits: int) -> None:
+    def build() -> nn.Module:
+        model = nets.Residual()
+        for layer in (model.inner1, model.outer1):
+            layer.weight.data.zero_()
+        return model
+
+    export_onnx(prepared(build, nets.image(), bits), nets.image(), tmp_path / "m.onnx")
+    named = {node.name for node in graph_of(tmp_path / "m.onnx").node if node.op_type in ("Conv", "Gemm")}
+    assert named == {"stem", "inner1", "outer1", "inner2", "outer2", "shortcut", "head"}
+
+
+def test_weights_in_blocks_are_int4(tmp_path: Path) -> None:
+    asked = {"up": 4, "again": 4, "bare": 4, "conv": 8, "hidden": 4, "head": 8}
+    schemes = {**STATIC, 4: Scheme(activations="float", block=16)}
+    module = prepared(Blocks, blocks(8), asked, schemes)
+    export_onnx(module, blocks(2), tmp_path / "m.onnx")
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 21
+    graph = graph_of(tmp_path / "m.onnx")
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    products = {node.name: node for node in graph.node if node.op_type == "MatMul"}
+    assert products.keys() >= {"up", "again", "again#2", "bare", "hidden"}
+    for name in ("up", "again", "bare", "hidden"):
+        source = producers[products[name].input[1]]
+        levels, scales = (numpy_helper.to_array(stored[name]) for name in source.input)
+        assert stored[source.input[0]].data_type == onnx.TensorProto.INT4
+        weight = levels.astype(np.float32) * np.repeat(scales, 16, axis=0)
+        expected = module.get_submodule(name).quantized_weight().detach().numpy()  # type: ignore[operator]
+        np.testing.assert_allclose(weight.T, expected, rtol=1e-5)
+    assert not any(name.startswith("model.up") and name.endswith("weight") for name in stored), "no float copy is left"
+    assert producers[products["again"].input[1]] is producers[products["again#2"].input[1]], "stored once"
 
 
 def silent() -> nn.Module:
