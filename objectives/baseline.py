@@ -26,6 +26,9 @@ from paretune.objectives.site import Site
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import CompressionPlan, Quantization
 
+_LARGE = 1 << 16
+"""Weights of a layer from which on it may pay to store them in blocks of 4 bits: reading them must be what takes time."""
+
 _SAME = 0.01
 """Largest difference between the outputs of two float32 implementations, as a share of the largest output."""
 
@@ -161,6 +164,7 @@ def probe_widths(problem: Problem, analysis: Analysis, baseline: Baseline) -> di
             for layer in analysis.layers
             if all(width in known.widths(layer.kind) for known in capabilities)
             and fits(dense.get_submodule(layer.name), problem.schemes[width])
+            and (problem.schemes[width].block is None or layer.params >= _LARGE)
         }
         if not bits:
             continue

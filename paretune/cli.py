@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from paretune import __version__
-from paretune.errors import JobError, ParetuneError
+from paretune.errors import JobError, ParetuneError, SearchError
 
 app = typer.Typer(
     help="Search pruning, quantization and distillation together for the best accuracy at each measured latency.",
@@ -27,6 +27,7 @@ Overrides = Annotated[
     typer.Option("--set", "-o", metavar="KEY=VALUE", help="Override a key, e.g. search.trials=20."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew what the cache knows of this machine.")]
 
 
 def main() -> None:
@@ -91,17 +92,43 @@ def init(
 
 
 @app.command()
-def check(job: JobPath, override: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    job: JobPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show at which channel counts the target gets faster.")
+    ] = False,
+    fresh: Fresh = False,
+) -> None:
     """Say what can be pruned and what can't and why, what there is to choose, and what the search will cost."""
     from paretune.search.check import check as check_job
+    from paretune.search.check import print_staircases
     from paretune.search.job import load_job
     from paretune.search.show import print_check, print_json
 
-    found = check_job(load_job(job, override or []))
+    found = check_job(load_job(job, override or []), profile_channels=profile, fresh=fresh)
     if as_json:
         print_json(found.to_dict())
     else:
         print_check(found)
+        print_staircases(found.staircases)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, fresh: Fresh = False) -> None:
+    """Say which runtimes work here, which bit-widths they really execute, and what may spoil measurements."""
+    from paretune.search.doctor import diagnose, print_diagnosis
+    from paretune.search.show import print_json
+
+    with _progress() as report:
+        found = diagnose(fresh=fresh, report=report)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_diagnosis(found)
+    if not found.works:
+        raise SearchError("a runtime must work on this machine, but none does; see the reasons above")
 
 
 @app.command()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from paretune.objectives.baseline import Baseline, make_baseline, profile
-from paretune.objectives.device import Device
+from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.finetune import Training, fit
 from paretune.objectives.problem import Problem
+from paretune.objectives.staircase import Staircase, staircases
 from paretune.search.job import Job
 from paretune.search.local import cores
-from paretune.search.problem import float_widths, load_problem, make_job_space
+from paretune.search.problem import float_widths, load_problem, make_job_space, profile_target
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import Finetuning
 from paretune.spaces.space import SearchSpace
@@ -51,6 +53,7 @@ class Check:
     space: SearchSpace
     baseline: dict[str, Any]
     estimate: Estimate
+    staircases: Mapping[str, Staircase] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -59,11 +62,17 @@ class Check:
             "space": {name: str(value) for name, value in self.space.distributions().items()},
             "baseline": self.baseline,
             "estimate": self.estimate.__dict__,
+            "staircases": {kind: staircase.to_dict() for kind, staircase in self.staircases.items()},
         }
 
 
-def check(job: Job) -> Check:
+def check(job: Job, *, profile_channels: bool = False, fresh: bool = False) -> Check:
     """Analyse a job's model, measure the dense baseline, and time a few training steps.
+
+    Args:
+        job: The job.
+        profile_channels: Also find out at which channel counts the target gets faster.
+        fresh: Measure that even where the cache has it.
 
     Raises:
         JobError: Something is wrong with the job.
@@ -75,10 +84,30 @@ def check(job: Job) -> Check:
         baseline, seconds = _timed(
             lambda: make_baseline(problem, analysis, Path(folder) / "baseline", float_bits=floats)
         )
-        analysis = profile(problem, baseline, analysis)
+        analysis = profile_target(job, problem, baseline, analysis)
         estimate = _estimate(job, problem, baseline, seconds / len(floats))
-        space = make_job_space(job, analysis, baseline.float_bits)
-        return Check(analysis, space, baseline.to_dict(), estimate)
+        float_bits = baseline.float_bits[""]
+        space = make_job_space(job, analysis, float_bits)
+        found = staircases(problem.target, analysis, float_bits, fresh=fresh) if profile_channels else {}
+        return Check(analysis, space, baseline.to_dict(), estimate, found)
+
+
+def print_staircases(found: Mapping[str, Staircase]) -> None:
+    """Print latency over channels, a table for each kind of layer; counts that gain nothing are dim."""
+    console = Console(soft_wrap=True, highlight=False)
+    for kind, staircase in found.items():
+        target = staircase.target
+        table = Table(title=f"channels of {kind} on {target.runtime}, batch {target.batch_size}; * gets faster")
+        table.add_column("channels", justify="right")
+        for width in staircase.widths:
+            table.add_column(f"{width} bits, ms", justify="right")
+        cells = {
+            (step.count, step.width): f"{step.latency_ms:.3f} {'*' if step.useful else ' '}" for step in staircase.steps
+        }
+        for count in sorted({count for count, _ in cells}):
+            row = [cells.get((count, width), "-  ") for width in staircase.widths]
+            table.add_row(str(count), *row, style="" if count in staircase.counts else "dim")
+        console.print(table)
 
 
 def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: float) -> Estimate:
@@ -90,7 +119,7 @@ def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: fl
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // job.search.workers))
     try:
-        with Device(problem.target.device).shared():
+        with problem.device().shared():
             fit(model, training, Finetuning(), batches, range(2), total)  # the first steps also choose kernels
             _, seconds = _timed(lambda: fit(model, training, Finetuning(), batches, range(2, 5), total))
     finally:

@@ -110,6 +110,11 @@ class SpaceSection(Section):
         default="auto",
         description="Bit-widths to choose from, from 2 to 32; auto: those the target's runtime executes.",
     )
+    channels: Literal["probe", "fixed"] = Field(
+        default="probe",
+        description="Which channel counts are offered: probe, those at which the target was measured to get faster "
+        "(half a minute, once on a machine); fixed, multiples of 8, and of 16 from 64 on.",
+    )
     importance: Importances = Field(
         default=["l1"], description="Rules for which channels go first: l1, l2, bn-scale, taylor, random."
     )

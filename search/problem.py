@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from paretune.errors import JobError
-from paretune.objectives.baseline import Baseline
+from paretune.objectives.baseline import Baseline, profile
+from paretune.objectives.compress.quantization import LEAST_BLOCK
 from paretune.objectives.data import load_splits
 from paretune.objectives.device import Device
 from paretune.objectives.evaluate import Evaluator
@@ -16,6 +18,7 @@ from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
+from paretune.objectives.staircase import staircases, useful_counts
 from paretune.objectives.tasks import load_task
 from paretune.search.job import Job, ModelSection, TargetSection
 from paretune.spaces.analysis import EXCLUDED, Analysis
@@ -117,6 +120,14 @@ def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, 
     return widths
 
 
+def profile_target(job: Job, problem: Problem, baseline: Baseline, analysis: Analysis) -> Analysis:
+    """The analysis with what the target makes of the model: latency shares, widths, and useful channel counts."""
+    analysis = profile(problem, baseline, analysis)
+    if not job.space.prune or job.space.channels == "fixed":
+        return analysis
+    return replace(analysis, counts=useful_counts(staircases(problem.target, analysis, baseline.float_bits[""])))
+
+
 def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace:
     """The search space of a job."""
     space = job.space
@@ -128,6 +139,7 @@ def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace
         temperature=(space.temperature[0],) * 2 if job.teacher is None else space.temperature,
         distillation_weight=weight,
         learning_rate=space.learning_rate,
+        multiples={4: LEAST_BLOCK},
     )
     return make_space(analysis, layer_widths(job, analysis, float_bits), options)
 

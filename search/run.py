@@ -18,14 +18,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, SearchError
-from paretune.objectives.baseline import Baseline, make_baseline, profile
+from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.device import Device
 from paretune.objectives.environment import environment
 from paretune.objectives.problem import Problem
 from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
-from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space
+from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space, profile_target
 from paretune.search.report import write_report
 from paretune.search.requests import Evaluate
 from paretune.search.results import candidates, write_front, write_trials
@@ -107,8 +107,8 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     report = report or _to_stderr
     problem = load_problem(job)
     stored = json.loads((folder / "analysis.json").read_text())
-    widths = {name: tuple(values) for name, values in stored["widths"].items()}
-    analysis = replace(problem.analyse(), latency_share=stored["latency_share"], widths=widths)
+    widths, counts = ({name: tuple(values) for name, values in stored[key].items()} for key in ("widths", "counts"))
+    analysis = replace(problem.analyse(), latency_share=stored["latency_share"], widths=widths, counts=counts)
     return _search(job, folder, analysis, problem.task.metric_name, report)
 
 
@@ -130,7 +130,7 @@ def _prepare(
     (folder / "job.yaml").write_text(job.to_yaml())
     _write_json(folder / "environment.json", environment())
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
-    analysis = profile(problem, baseline, analysis)
+    analysis = profile_target(job, problem, baseline, analysis)
     _write_json(folder / "analysis.json", analysis.to_dict())
     for name, measured in baseline.measurement.on.items():
         report(

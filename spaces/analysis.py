@@ -32,6 +32,7 @@ class Layer:
         params: Weights and biases.
         macs: Multiply-accumulates for one sample.
         group: Name of the group whose ratio cuts this layer's output channels, None where it is frozen.
+        inputs: Input channels or features.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layer:
     params: int
     macs: int
     group: str | None
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Analysis:
         latency_share: Layer name to its share of the dense model's latency, once it was profiled; layers that the
             runtime doesn't report are missing.
         widths: Layer name to the bit-widths in which the target was seen to run it, widest first, once probed.
+        counts: Layer kind to the channel counts at which the target was measured to get faster, once probed.
     """
 
     groups: tuple[Group, ...]
@@ -71,6 +74,7 @@ class Analysis:
     macs: int
     latency_share: dict[str, float] = field(default_factory=dict)
     widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with parameters, MACs and latency share summed per group."""
@@ -100,6 +104,7 @@ class Analysis:
             "macs": self.macs,
             "latency_share": self.latency_share,
             "widths": self.widths,
+            "counts": self.counts,
         }
 
 
@@ -243,7 +248,8 @@ def _count(
     for name in sorted(order, key=order.__getitem__):
         module = model.get_submodule(name)
         own = sum(parameter.numel() for parameter in module.parameters())
-        layers.append(Layer(name, type(module).__name__, own, by_layer.get(name, 0), owner.get(name)))
+        inputs = int(getattr(module, "in_features", 0) or getattr(module, "in_channels", 0))
+        layers.append(Layer(name, type(module).__name__, own, by_layer.get(name, 0), owner.get(name), inputs))
     return tuple(layers), params, macs
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from paretune.errors import JobError
 from paretune.spaces.analysis import Analysis
+from paretune.spaces.graph import Group
 from paretune.spaces.grid import channel_grid, kept_of, ratio_of, snap
 from paretune.spaces.plan import CompressionPlan, Finetuning, Importance, Pruning, Quantization
 
@@ -28,6 +29,7 @@ class Options:
         temperature: Range of the distillation temperature; equal ends fix it.
         distillation_weight: Range of the teacher's share of the loss.
         learning_rate: Range of the peak learning rate, searched on a log scale.
+        multiples: Width to what the inputs of a layer must be a multiple of to run in it.
     """
 
     prune: bool = True
@@ -36,6 +38,7 @@ class Options:
     temperature: Range = (1.0, 8.0)
     distillation_weight: Range = (0.0, 1.0)
     learning_rate: Range = (1e-4, 1e-2)
+    multiples: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,32 @@ def make_space(analysis: Analysis, widths: Mapping[str, Sequence[int]], options:
         widths: Layer to the bit-widths that the target really executes, widest first; empty to quantize nothing.
         options: What the job allows.
     """
-    groups = analysis.groups if options.prune else ()
-    grids = {group.name: channel_grid(group.channels, max_ratio=options.max_ratio) for group in groups}
-    return SearchSpace(grids, widths, options)
+    kinds = {layer.name: layer.kind for layer in analysis.layers}
+    grids = {
+        group.name: channel_grid(
+            group.channels, max_ratio=options.max_ratio, counts=analysis.counts.get(kinds.get(group.name, ""))
+        )
+        for group in (analysis.groups if options.prune else ())
+    }
+    feeders: dict[str, list[Group]] = {}
+    for group in analysis.groups:
+        for name in group.consumers:
+            feeders.setdefault(name, []).append(group)
+    inputs = {layer.name: layer.inputs for layer in analysis.layers}
+
+    def survives_pruning(name: str, width: int) -> bool:
+        multiple = options.multiples.get(width, 1)
+        for group in feeders.get(name, ()):
+            # Behind a flatten, each channel gives several inputs.
+            each = max(1, inputs.get(name, 0) // group.channels)
+            if any((group.channels - kept) * each % multiple for kept in grids.get(group.name, ())):
+                return False
+        return True
+
+    fitting = {
+        name: tuple(width for width in offered if survives_pruning(name, width)) for name, offered in widths.items()
+    }
+    return SearchSpace(grids, fitting, options)
 
 
 def _in(distribution: BaseDistribution, value: Any) -> bool:

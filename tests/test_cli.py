@@ -13,6 +13,7 @@ import pytest
 
 import paretune
 from paretune.cli import main
+from paretune.objectives.runtimes import RUNTIMES
 
 SMALL = ["-o", "search.trials=5", "-o", "search.workers=2", "-o", "finetune.epochs=0.5", "-o", "verify.rounds=1"]
 
@@ -81,7 +82,7 @@ def test_version(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_names_every_command(cli: Cli, tmp_path: Path) -> None:
     text = cli("--help", cwd=tmp_path).stdout
-    for name in ("demo", "init", "check", "run", "resume", "show", "report", "export"):
+    for name in ("demo", "init", "check", "doctor", "run", "resume", "show", "report", "export"):
         assert f" {name} " in text
 
 
@@ -106,6 +107,48 @@ def test_check_as_json(cli: Cli, project: Path) -> None:
     assert data["estimate"]["trial_seconds"] > 0
     assert data["estimate"]["bytes"] == 60 * data["estimate"]["trial_bytes"]
     assert not (project / "results" / "check").exists()
+
+
+def test_check_with_the_profile_of_the_target(
+    cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = json.loads(cli("check", "job.yaml", "--profile", "--json", cwd=project).stdout)
+    (staircase,) = data["staircases"].values()
+    assert staircase["kind"] == "Conv2d"
+    assert staircase["target"]["runtime"] == "openvino"
+    assert {128, 64, 8} <= {step["count"] for step in staircase["steps"]}
+    assert {step["width"] for step in staircase["steps"]} >= {8}
+    assert all(step["useful"] for step in staircase["steps"] if step["count"] == 128)
+    text = cli("check", "job.yaml", "--profile", cwd=project).stdout
+    assert "channels of Conv2d on openvino" in text
+    (file,) = (tmp_path / "paretune").iterdir()
+    assert json.loads(file.read_text())["value"] == staircase  # the second check read what the first one had measured
+
+
+def test_doctor(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in RUNTIMES.keys() - {"openvino"}:
+        monkeypatch.delitem(RUNTIMES, name)
+    done = cli("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "trying openvino on cpu" in done.stderr
+    data = json.loads(done.stdout)
+    assert data["machine"]["cores"] >= 1
+    works = {entry["device"]: entry["works"] for entry in data["runtimes"]}
+    assert works["cpu"]
+    text = cli("doctor", cwd=tmp_path).stdout
+    assert "openvino" in text
+    assert "processor:" in text
+
+
+def test_doctor_where_nothing_works_exits_with_1(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(RUNTIMES):
+        monkeypatch.setitem(RUNTIMES, name, ("no_such_module_at_all", "Missing"))
+    done = cli("doctor", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "needs the package" in " ".join(done.stdout.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
 
 
 def test_show(cli: Cli, run: Path) -> None:
@@ -205,7 +248,7 @@ def test_wrong_use_exits_with_2(cli: Cli, tmp_path: Path, arguments: list[str], 
         pytest.param("serach.trials=5", "search", id="unknown section"),
         pytest.param("search.trails=5", "trials", id="unknown key"),
         pytest.param("space.max_ratio=1.2", "space.max_ratio", id="ratio out of range"),
-        pytest.param("space.bits=[4]", "space.bits must be widths that the runtime", id="width not executed"),
+        pytest.param("space.bits=[3]", "space.bits must be widths that the runtime", id="width not executed"),
         pytest.param("model.factory=project:biuld", "build", id="import string that fails"),
         pytest.param("target.runtime=openvno", "openvino", id="unknown runtime"),
     ],

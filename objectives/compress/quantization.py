@@ -22,6 +22,9 @@ from paretune.spaces.graph import Forward
 _INTEGER = 8
 """Layers of this width or less are quantized; wider ones stay in floats."""
 
+LEAST_BLOCK = 16
+"""Where a scheme's blocks don't part a layer's inputs evenly, smaller ones down to this size are taken."""
+
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -103,7 +106,7 @@ class QuantizedLayer(nn.Module):
         is_output = type(layer).__name__ in scheme.outputs
         self.output = StaticQuantizer(symmetric=scheme.symmetric, ceiling=ceiling) if is_output else None
         weight = cast(Tensor, layer.weight)
-        scales = weight.numel() // scheme.block if scheme.block else len(weight)
+        scales = weight.numel() // block_size(weight.shape[1], scheme.block) if scheme.block else len(weight)
         self.register_buffer("weight_scale", torch.ones(scales))
         self.register_buffer("weight_zero_point", torch.zeros(scales, dtype=torch.int32))
 
@@ -218,7 +221,7 @@ def insert_quantizers(model: nn.Module, bits: dict[str, int], schemes: Schemes, 
         if not fits(layer, scheme):
             got = f"{layer.in_features}" if isinstance(layer, nn.Linear) else f"it is a {type(layer).__name__}"
             raise TrialError(
-                f"a layer with weights in blocks must be linear with a multiple of {scheme.block} inputs, but got "
+                f"a layer with weights in blocks must be linear with a multiple of {LEAST_BLOCK} inputs, but got "
                 f"{name}: {got}; give it another width"
             )
         replace_module(model, name, QuantizedLayer(layer, bits[name], scheme, ceiling=ceilings.get(name)))
@@ -236,7 +239,14 @@ def _ceiling(operation: Any) -> float | None:
 
 def fits(layer: nn.Module, scheme: Scheme) -> bool:
     """Whether a layer can be quantized so: blocks are for linear layers whose inputs they part evenly."""
-    return scheme.block is None or (isinstance(layer, nn.Linear) and layer.in_features % scheme.block == 0)
+    return scheme.block is None or (isinstance(layer, nn.Linear) and layer.in_features % LEAST_BLOCK == 0)
+
+
+def block_size(inputs: int, largest: int) -> int:
+    """The largest size of blocks, halved from `largest` on, that parts so many inputs evenly."""
+    while inputs % largest:
+        largest //= 2
+    return largest
 
 
 def freeze_quantizers(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -21,10 +22,10 @@ HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.02
 """Other processors may round otherwise: largest difference that passes, as a share of the largest output."""
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
-def openvino_model(path: Path, card: dict) -> Callable[[Arrays], np.ndarray]:
+def openvino_model(path: Path, card: dict[str, Any]) -> Callable[[Arrays], Any]:
     import openvino
 
     core = openvino.Core()
@@ -35,7 +36,7 @@ def openvino_model(path: Path, card: dict) -> Callable[[Arrays], np.ndarray]:
     return lambda inputs: np.array(compiled(inputs)[0])
 
 
-def onnxruntime_model(path: Path, card: dict) -> Callable[[Arrays], np.ndarray]:
+def onnxruntime_model(path: Path, card: dict[str, Any]) -> Callable[[Arrays], Any]:
     import onnxruntime
 
     settings, options = card["settings"], onnxruntime.SessionOptions()
@@ -63,7 +64,7 @@ class Model:
         self.batch_size = card["target"]["batch_size"]
         self._run = RUNTIMES[card["target"]["runtime"]](folder / card["model"], card)
 
-    def __call__(self, inputs: Arrays) -> np.ndarray:
+    def __call__(self, inputs: Arrays) -> Any:
         count = len(next(iter(inputs.values())))
         outputs = []
         for start in range(0, count, self.batch_size):

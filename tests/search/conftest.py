@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from paretune.objectives.baseline import make_baseline, profile
+from paretune.objectives.baseline import make_baseline
 from paretune.search.job import Job, make_job
-from paretune.search.problem import BASELINE, load_problem
+from paretune.search.problem import BASELINE, load_problem, profile_target
 
 MODULE = "tiny_digits"
 SOURCE = '''
@@ -83,6 +83,7 @@ class TinyJob:
             "name": name,
             "model": {"factory": f"{MODULE}:build"},
             "data": {"source": f"{MODULE}:data"},
+            "space": {"channels": "fixed"},
             "finetune": {"epochs": 0.2, "batch_size": 64},
             "target": {"batch_size": 8},
             "search": {"trials": 6, "workers": 2},
@@ -113,7 +114,7 @@ def measured(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     problem = load_problem(job)
     analysis = problem.analyse()
     folder.mkdir()
-    analysis = profile(problem, make_baseline(problem, analysis, folder / BASELINE), analysis)
+    analysis = profile_target(job, problem, make_baseline(problem, analysis, folder / BASELINE), analysis)
     (folder / "analysis.json").write_text(json.dumps(analysis.to_dict()))
     (folder / "job.yaml").write_text(job.to_yaml())
     return folder

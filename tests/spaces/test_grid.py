@@ -44,6 +44,29 @@ def test_no_more_than_the_largest_ratio_goes(channels: int, max_ratio: float, ex
     assert channel_grid(channels, max_ratio=max_ratio) == expected
 
 
+@pytest.mark.parametrize(
+    ("channels", "max_ratio", "counts", "expected"),
+    [
+        pytest.param(64, 1.0, (4, 12, 32, 64), [4, 12, 32, 64], id="the measured ones alone"),
+        pytest.param(60, 1.0, (4, 12, 32, 64), [4, 12, 32, 60], id="and the dense one"),
+        pytest.param(64, 0.75, (4, 12, 16, 32, 64), [16, 32, 64], id="within the largest ratio"),
+        pytest.param(64, 1.0, (32, 4, 32, 64), [4, 32, 64], id="in no order, twice"),
+        pytest.param(320, 0.5, (160, 192, 256), [160, 192, 256, 272, 288, 304, 320], id="multiples of 16 beyond"),
+        pytest.param(64, 0.5, (16, 64), [32, 40, 48, 56, 64], id="none is left, so steps of 8"),
+        pytest.param(512, 0.25, (16, 128), [*range(384, 513, 16)], id="all beyond what was measured"),
+        pytest.param(32, 1.0, (), [8, 16, 24, 32], id="none at all"),
+        pytest.param(32, 1.0, None, [8, 16, 24, 32], id="not measured"),
+    ],
+)
+def test_measured_counts_take_the_place_of_steps(
+    channels: int, max_ratio: float, counts: tuple[int, ...] | None, expected: list[int]
+) -> None:
+    grid = channel_grid(channels, max_ratio=max_ratio, counts=counts)
+    assert grid == expected
+    for kept in grid:
+        assert kept_of(ratio_of(kept, channels), channels) == kept
+
+
 @pytest.mark.parametrize("channels", [*WIDTHS, 1000, 4096])
 def test_ratios_name_channel_counts_exactly(channels: int) -> None:
     for kept in channel_grid(channels):

@@ -202,3 +202,33 @@ def test_make_space(options: Options, grids: dict[str, list[int]]) -> None:
     analysis = Analysis(groups, (), (Layer("a", "Conv2d", 1, 1, "a"),), 1, 1)
     space = make_space(analysis, {"a": (32, 8)}, options)
     assert space == SearchSpace(grids, {"a": (32, 8)}, options)
+
+
+def test_measured_counts_make_the_grid() -> None:
+    layers = (Layer("a", "Conv2d", 1, 1, "a"), Layer("b", "Linear", 1, 1, "b"))
+    groups = (Group("a", 32, ("a",), ()), Group("b", 32, ("b",), ()))
+    analysis = Analysis(groups, (), layers, 2, 2, counts={"Conv2d": (12, 20, 32)})
+    space = make_space(analysis, {}, Options(max_ratio=0.75))
+    assert space.grids == {"a": [12, 20, 32], "b": [8, 16, 24, 32]}
+
+
+@pytest.mark.parametrize(
+    ("channels", "max_ratio", "kept"),
+    [
+        pytest.param(256, 0.75, True, id="all counts fit"),
+        pytest.param(64, 0.75, False, id="24 doesn't"),
+        pytest.param(64, 0.5, False, id="40 doesn't"),
+    ],
+)
+def test_widths_that_need_even_inputs(channels: int, max_ratio: float, kept: bool) -> None:
+    layers = (Layer("a", "Linear", 1, 1, "a"), Layer("b", "Linear", 1, 1, None, inputs=channels))
+    analysis = Analysis((Group("a", channels, ("a",), ("b",)),), (), layers, 2, 2)
+    space = make_space(analysis, {"b": (32, 8, 4)}, Options(max_ratio=max_ratio, multiples={4: 16}))
+    assert space.widths == {"b": (32, 8, 4) if kept else (32, 8)}
+
+
+def test_each_channel_may_give_several_inputs() -> None:
+    layers = (Layer("a", "Conv2d", 1, 1, "a"), Layer("b", "Linear", 1, 1, None, inputs=64 * 4))
+    analysis = Analysis((Group("a", 64, ("a",), ("b",)),), (), layers, 2, 2)
+    space = make_space(analysis, {"b": (32, 4)}, Options(multiples={4: 16}))
+    assert space.widths == {"b": (32, 4)}

@@ -312,3 +312,8 @@ def test_schemes_of_two_runtimes() -> None:
     assert merge(STATIC, {8: dynamic, 4: blocks}) == {}
     assert merge({**STATIC, 4: blocks}, {**OUTPUTS, 4: blocks}) == {**OUTPUTS, 4: blocks}
     assert {width: Scheme.from_dict(scheme.to_dict()) for width, scheme in OUTPUTS.items()} == OUTPUTS
+
+
+def test_blocks_shrink_to_part_the_inputs_evenly() -> None:
+    quantized = frozen(nn.Linear(48, 2), torch.randn(4, 48), 4, Scheme(activations="float", block=32))
+    assert quantized.weight_scale.shape == (2 * 3,), "three blocks of 16"
