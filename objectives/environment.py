@@ -19,6 +19,8 @@ PACKAGES = (
     "onnx",
     "openvino",
     "onnxruntime",
+    "tensorrt",
+    "torchao",
     "optuna",
     "ray",
     "numpy",
