@@ -22,7 +22,11 @@ __all__ = [
 ]
 
 RUNTIMES = {
+    "onnxruntime": ("paretune.objectives.runtimes.onnxruntime", "OnnxRuntime"),
     "openvino": ("paretune.objectives.runtimes.openvino", "OpenVINO"),
+    "tensorrt": ("paretune.objectives.runtimes.tensorrt", "TensorRT"),
+    "torch-compile": ("paretune.objectives.runtimes.torch_compile", "TorchCompile"),
+    "torch-cuda": ("paretune.objectives.runtimes.torch_cuda", "TorchCuda"),
 }
 """Name to module and class; imported when first asked for."""
 

@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -52,6 +52,28 @@ class ZeroBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(self.conv(x).relu().mean((2, 3))).relu())
+
+
+class Blocks(nn.Module):
+    """Linear layers whose inputs can be parted into blocks; inputs (N, 5, block)."""
+
+    def __init__(self, block: int = 32) -> None:
+        super().__init__()
+        self.up = nn.Linear(block, 2 * block)
+        self.again = nn.Linear(2 * block, 2 * block)
+        self.bare = nn.Linear(2 * block, block, bias=False)
+        self.conv = nn.Conv1d(5, 8, 3, padding=1)
+        self.hidden = nn.Linear(8 * block, 2 * block)
+        self.head = nn.Linear(2 * block, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.again(self.again(self.up(x).relu())))
+        x = self.conv(self.bare(x)).relu().flatten(1)
+        return self.head(nn.functional.relu6(self.hidden(x)))
+
+
+def blocks(batch: int, block: int = 32) -> Tensor:
+    return torch.randn(batch, 5, block, generator=torch.Generator().manual_seed(batch))
 
 
 def volume(batch: int) -> Tensor:
@@ -108,9 +130,11 @@ class RuntimeContract:
 
     Attributes:
         device: A device that the runtime has.
+        purpose: What sessions are loaded for, where it isn't the profile.
     """
 
     device = "cpu"
+    purpose: Literal["measure", "score"] = "measure"
 
     @pytest.fixture
     def runtime(self) -> Runtime:
@@ -119,14 +143,26 @@ class RuntimeContract:
     def prepared(
         self, runtime: Runtime, build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int
     ) -> nn.Module:
-        """A module quantized as the runtime wants it."""
-        return prepared(build, inputs, bits, runtime.capabilities(self.device).schemes)
+        """A module quantized as the runtime wants it, as far as it has the widths."""
+        asked = dict.fromkeys(names_of(build, inputs), bits) if isinstance(bits, int) else bits
+        return prepared(build, inputs, self.offered(runtime, build, asked), runtime.capabilities(self.device).schemes)
+
+    def offered(
+        self, runtime: Runtime, build: Callable[[], nn.Module], asked: dict[str, int], float_bits: int = 32
+    ) -> dict[str, int]:
+        """What is asked for, in floats where the runtime doesn't offer that width for the kind of layer."""
+        capabilities = runtime.capabilities(self.device)
+        kinds = {name: type(module).__name__ for name, module in build().named_modules()}
+        return {name: bits if bits in capabilities.widths(kinds[name]) else float_bits for name, bits in asked.items()}
+
+    def _options(self, batch: int, float_bits: int = 32) -> LoadOptions:
+        return LoadOptions(batch, float_bits=float_bits, purpose=self.purpose, device=self.device)
 
     def _load(
         self, runtime: Runtime, module: nn.Module, example: Inputs, path: Path, batch: int, float_bits: int = 32
     ) -> Session:
         runtime.deploy(module, example, path)
-        return runtime.load(path, LoadOptions(batch, float_bits=float_bits))
+        return runtime.load(path, self._options(batch, float_bits))
 
     def test_capabilities(self, runtime: Runtime) -> None:
         capabilities = runtime.capabilities(self.device)
@@ -150,7 +186,7 @@ class RuntimeContract:
         module = self.prepared(runtime, build, inputs(2), 32)
         runtime.deploy(module, inputs(2), tmp_path / "model.onnx")
         for batch in (1, 3):
-            session = runtime.load(tmp_path / "model.onnx", LoadOptions(batch))
+            session = runtime.load(tmp_path / "model.onnx", self._options(batch))
             assert all(session.layers()[name].bits == 32 for name in names_of(build, inputs(2)))
             given = inputs(batch)
             with torch.no_grad():
@@ -198,6 +234,32 @@ class RuntimeContract:
         assert (found == expected).mean() >= 0.99
         assert (found == digit_splits.validation.targets.numpy()).mean() >= 0.9
 
+    @pytest.mark.parametrize("mix", ["alternating", "first half", "second half", "random 1", "random 2"])
+    def test_mixed_widths_predict_as_the_trained_module(
+        self, runtime: Runtime, tmp_path: Path, trained: nn.Module, digit_splits: Splits, mix: str
+    ) -> None:
+        capabilities, rng = runtime.capabilities(self.device), random.Random(mix)
+        kinds = {name: type(module).__name__ for name, module in trained.named_modules()}
+        names = names_of(lambda: copy.deepcopy(trained), digit_splits.train.head(2).inputs)
+        low = {"alternating": names[::2], "first half": names[:2], "second half": names[2:]}.get(mix, names)
+        asked = dict.fromkeys(names, 32)
+        for name in low:
+            offered = [bits for bits in capabilities.widths(kinds[name]) if bits != 16]
+            asked[name] = rng.choice(offered) if mix.startswith("random") else 8
+        asked = self.offered(runtime, lambda: copy.deepcopy(trained), asked)
+        splits = (digit_splits.train, digit_splits.validation, digit_splits.test)
+        inputs = torch.cat([cast(Tensor, split.inputs) for split in splits])
+        targets = torch.cat([split.targets for split in splits]).numpy()
+        module = self.prepared(runtime, lambda: copy.deepcopy(trained), inputs[:256], asked)
+        session = self._load(runtime, module, inputs[:2], tmp_path / "model.onnx", len(inputs))
+        reports = session.layers()
+        assert {name: reports[name].bits for name in names} == asked
+        with torch.no_grad():
+            expected = module(inputs).argmax(1).numpy()
+        found = session.run({"input": inputs.numpy()}).argmax(1)
+        assert (found == expected).mean() >= 0.99
+        assert abs((found == targets).mean() - (expected == targets).mean()) <= 0.0015
+
     @pytest.mark.parametrize("mix", ["all", "even", "random"])
     @pytest.mark.parametrize(("build", "inputs"), NETS)
     def test_every_layer_is_reported_in_the_width_asked_for(
@@ -212,7 +274,8 @@ class RuntimeContract:
         names = names_of(build, inputs(2))
         low = [name for i, name in enumerate(names) if choose.get(mix, lambda _: rng.random() < 0.5)(i)]
         for float_bits, batch in zip(capabilities.float_bits, (1, 16, 3), strict=False):
-            asked = {name: 8 if name in low else float_bits for name in names}
+            wanted = {name: 8 if name in low else float_bits for name in names}
+            asked = self.offered(runtime, build, wanted, float_bits)
             module = self.prepared(runtime, build, inputs(2), asked)
             session = self._load(runtime, module, inputs(2), tmp_path / "model.onnx", batch, float_bits)
             reports = session.layers()
@@ -225,7 +288,7 @@ class RuntimeContract:
             pytest.param("Conv1d", nets.Signal, signal, id="Conv1d"),
             pytest.param("Conv2d", nets.Residual, nets.image, id="Conv2d"),
             pytest.param("Conv3d", Conv3dNet, volume, id="Conv3d"),
-            pytest.param("Linear", nets.MLP, nets.vector, id="Linear"),
+            pytest.param("Linear", Blocks, blocks, id="Linear"),
         ],
     )
     def test_each_width_that_is_offered_is_executed(
@@ -242,11 +305,55 @@ class RuntimeContract:
             reports = session.layers()
             assert {reports[name].bits for name in names} == {bits}
 
+    @pytest.mark.parametrize("mix", ["all", "with 8", "with 32", "with both"])
+    @pytest.mark.parametrize("batch", [1, 16])
+    def test_weights_in_blocks_agree_with_the_module(
+        self, runtime: Runtime, tmp_path: Path, mix: str, batch: int
+    ) -> None:
+        width, block = self._blocks(runtime)
+        cycle = {"all": [width], "with 8": [width, 8], "with 32": [width, 32], "with both": [width, 8, 32]}[mix]
+
+        def build() -> nn.Module:
+            return Blocks(block)
+
+        names = names_of(build, blocks(2, block))
+        asked = self.offered(runtime, build, {name: cycle[i % len(cycle)] for i, name in enumerate(names)})
+        module = self.prepared(runtime, build, blocks(64, block), asked)
+        session = self._load(runtime, module, blocks(2, block), tmp_path / "model.onnx", batch)
+        reports = session.layers()
+        assert {name: reports[name].bits for name in asked} == asked
+        with torch.no_grad():
+            expected = module(blocks(batch, block)).numpy()
+        found = session.run(named_arrays(blocks(batch, block)))
+        # Kernels may round the inputs too, to 8 bits in blocks.
+        assert np.abs(found - expected).mean() <= 1e-2 * np.ptp(expected)
+
+    def test_files_with_weights_in_blocks_are_small(self, runtime: Runtime, tmp_path: Path) -> None:
+        width, block = self._blocks(runtime)
+
+        def build() -> nn.Module:
+            return nn.Sequential(nn.Linear(4 * block, 512), nn.ReLU(), nn.Linear(512, 512))
+
+        inputs, sizes = torch.randn(2, 4 * block), []
+        for bits in (32, width):
+            runtime.deploy(self.prepared(runtime, build, inputs, bits), inputs, tmp_path / f"{bits}")
+            sizes.append((tmp_path / f"{bits}").stat().st_size)
+        assert sizes[1] < 0.2 * sizes[0]
+
+    def _blocks(self, runtime: Runtime) -> tuple[int, int]:
+        """A width of linear layers with weights in blocks, and the size of these."""
+        capabilities = runtime.capabilities(self.device)
+        for width in capabilities.integer_bits.get("Linear", ()):
+            block = capabilities.schemes[width].block
+            if block:
+                return width, block
+        pytest.skip("the runtime has no weights in blocks")
+
     def test_profile_gives_every_layer_its_share(self, runtime: Runtime, tmp_path: Path) -> None:
         module = self.prepared(runtime, nets.Residual, nets.image(), 32)
         path = tmp_path / "model.onnx"
         runtime.deploy(module, nets.image(), path)
-        session = runtime.load(path, LoadOptions(8, purpose="profile"))
+        session = runtime.load(path, LoadOptions(8, purpose="profile", device=self.device))
         for _ in range(5):
             session.run(named_arrays(nets.image(8)))
         reports = session.layers()
@@ -268,7 +375,7 @@ class RuntimeContract:
     def test_loading_twice_gives_equal_outputs(self, runtime: Runtime, tmp_path: Path) -> None:
         module = self.prepared(runtime, nets.Residual, nets.image(), 8)
         first = self._load(runtime, module, nets.image(), tmp_path / "one.onnx", 4)
-        again = runtime.load(tmp_path / "one.onnx", LoadOptions(4))
+        again = runtime.load(tmp_path / "one.onnx", self._options(4))
         other = self._load(runtime, module, nets.image(), tmp_path / "other.onnx", 4)
         arrays = named_arrays(nets.image(4))
         np.testing.assert_array_equal(first.run(arrays), again.run(arrays))
@@ -326,7 +433,7 @@ class RuntimeContract:
 
     def test_a_fixed_batch_fails_the_trial_with_a_remedy(self, runtime: Runtime, tmp_path: Path) -> None:
         module = self.prepared(runtime, nets.FixedBatch, nets.vector(), 32)
-        runtime.deploy(module, nets.vector(), tmp_path / "model.onnx")
         with pytest.raises(TrialError, match="don't fix the batch size in forward"):
-            session = runtime.load(tmp_path / "model.onnx", LoadOptions(5))
+            runtime.deploy(module, nets.vector(), tmp_path / "model.onnx")
+            session = runtime.load(tmp_path / "model.onnx", self._options(5))
             session.run(named_arrays(nets.vector(5)))
