@@ -27,7 +27,7 @@ from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import CompressionPlan, Quantization
 
 _LARGE = 1 << 16
-"""Weights of a layer from which on it may pay to store them in blocks of 4 bits: reading them must be what takes time."""
+"""Weights of a layer from which on blocks of 4 bits may pay: reading them must be what takes the time."""
 
 _SAME = 0.01
 """Largest difference between the outputs of two float32 implementations, as a share of the largest output."""

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
         "boost": {"1": "on", "0": "off"}.get(boost, "not readable"),
         "load": round(os.getloadavg()[0], 2),
         **_gpus(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
     }
 
 
@@ -60,7 +60,8 @@ def _gpus() -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed distribution, else ``"not installed"``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

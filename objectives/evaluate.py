@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from paretune.objectives.baseline import Baseline
 from paretune.objectives.compress import compress_numerics, compress_structure, freeze_quantizers
 from paretune.objectives.data.residency import make_resident
 from paretune.objectives.data.splits import Batch, Splits
+from paretune.objectives.device import is_cuda
 from paretune.objectives.finetune import Teacher, Training, TrainingReport, fit
 from paretune.objectives.latency import Latency, Protocol, measure_paired
 from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
@@ -241,7 +242,10 @@ class Evaluator:
                 site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
             for name, site in self._problem.sites.items():
                 bits = trial.float_bits[name]
-                session = site.load(trial.folder, bits)
+                # Kernels that are timed beside another's training would be badly chosen.
+                tunes = site.runtime.compiles and is_cuda(site.target.device)
+                with self._device.exclusive() if tunes else nullcontext():
+                    session = site.load(trial.folder, bits)
                 executed = check_executed(session.layers(), trial.plan.quantize.bits, bits, self._layers[name])
                 found[name] = _Built(session, executed)
         return found

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from paretune.errors import JobError
 from paretune.objectives.device import gpu_uuid
-from paretune.objectives.environment import environment
+from paretune.objectives.environment import environment, version
 from paretune.objectives.nvml import find_gpu
 from paretune.objectives.runtimes import RUNTIMES, get_runtime
-from paretune.objectives.runtimes.probe import Probe, cpu_features, first_line, probe, version
+from paretune.objectives.runtimes.probe import Probe, cpu_features, first_line, probe
 
 _INT8_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -98,7 +98,8 @@ def diagnose(*, fresh: bool = False, report: Callable[[str], None] = lambda line
     found = []
     for name in RUNTIMES:
         for device in devices:
-            report(f"trying {name} on {device}")
+            known = "; what it compiled is remembered" if name in ("torch-compile", "tensorrt") else ""
+            report(f"trying {name} on {device}{known}")
             found.append(examine(name, device, fresh=fresh))
     return Diagnosis(machine, tuple(found), tuple(concerns(machine)))
 
@@ -107,7 +108,9 @@ def examine(name: str, device: str, *, fresh: bool = False) -> Finding:
     """Try one runtime on one device."""
     versions: dict[str, str] = {}
     try:
-        versions = {package: version(package) for package in get_runtime(name).packages}
+        runtime = get_runtime(name)
+        runtime.capabilities(device)  # says in words what isn't there
+        versions = {package: version(package) for package in runtime.packages}
         return Finding(name, device, versions, probe(name, device, fresh=fresh))
     except JobError as error:
         return Finding(name, device, versions, None, f"{error.where} {error.rule}, but got {error.got}")

@@ -47,7 +47,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     Raises:
         JobError: The model returns something else than one tensor.
     """
-    with _attention_in_parts():
+    with attention_in_parts():
         if isinstance(inputs, Tensor):
             outputs = model(inputs)
         elif isinstance(inputs, dict):
@@ -65,7 +65,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 @contextmanager
-def _attention_in_parts() -> Iterator[None]:
+def attention_in_parts() -> Iterator[None]:
     """PyTorch's fused encoder layer can't be exported, traced or counted, and reads weights past the quantizers."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

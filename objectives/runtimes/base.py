@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import nn
 
+from paretune.errors import JobError
 from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data.inputs import Inputs
 
@@ -120,10 +121,12 @@ class Runtime(ABC):
     Attributes:
         suffix: Of the model file that `deploy` writes.
         packages: Distributions whose versions decide what it executes.
+        compiles: Whether loading compiles, and on a GPU times kernels, for seconds.
     """
 
     suffix: str = ".onnx"
     packages: tuple[str, ...]
+    compiles: bool = False
 
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:
@@ -136,3 +139,10 @@ class Runtime(ABC):
     @abstractmethod
     def load(self, path: Path, options: LoadOptions) -> Session:
         """Compile the model file for running."""
+
+
+def choose(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise JobError unless the value of an option is an allowed one, bools apart from numbers."""
+    if not any(value == good and type(value) is type(good) for good in allowed):
+        rule = f"{option} must be one of {', '.join(map(str, allowed))}"
+        raise JobError("target.options", rule, repr(value), f"use {allowed[0]}, or leave it out")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from paretune.objectives.cache import recall, store
 from paretune.objectives.compress import Context, compress_numerics
 from paretune.objectives.data.splits import Batch
 from paretune.objectives.device import Device, is_cuda
-from paretune.objectives.environment import environment
+from paretune.objectives.environment import environment, version
 from paretune.objectives.runtimes import LoadOptions, Runtime, get_runtime
 from paretune.objectives.runtimes.onnx_export import named_arrays
 from paretune.objectives.tasks import Classification
@@ -272,7 +271,7 @@ def _try_chain(runtime: Runtime, device: str, chain: _Chain, width: int) -> list
     with TemporaryDirectory(prefix="paretune-probe-") as folder:
         path = Path(folder) / f"model{runtime.suffix}"
         deploy_net(runtime, device, _Net(chain), samples, dict.fromkeys(names, width), path)
-        for size in BATCH_SIZES:
+        for size in BATCH_SIZES[-1:] if runtime.compiles else BATCH_SIZES:
             options = LoadOptions(size, float_bits=width if width in floats else floats[-1], device=device)
             session = runtime.load(path, options)
             session.run(named_arrays(samples[:size]))  # some runtimes find out only now that they can't
@@ -325,14 +324,6 @@ def machine_key(runtime: Runtime, name: str, device: str) -> dict[str, Any]:
         "hardware": hardware(device),
         "versions": versions,
     }
-
-
-def version(package: str) -> str:
-    """Of an installed distribution, else ``"not installed"``."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def hardware(device: str) -> dict[str, Any]:

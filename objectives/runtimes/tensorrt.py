@@ -25,13 +25,13 @@ from paretune.objectives.runtimes.base import (
     LoadOptions,
     Runtime,
     Session,
+    choose,
 )
 from paretune.objectives.runtimes.onnx_export import export_onnx
 from paretune.objectives.runtimes.onnx_graph import layer_names
 from paretune.objectives.runtimes.onnx_half import to_half
 from paretune.objectives.runtimes.tensorrt_engine import EngineCache, fix_batch, load_engine, tensorrt
 from paretune.objectives.runtimes.tensorrt_report import Kernel, find_kernels, layer_reports
-from paretune.objectives.runtimes.torch_runtime import choose
 
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 SCHEMES: Schemes = {8: Scheme(symmetric=True)}
@@ -65,6 +65,7 @@ class TensorRT(Runtime):
     """
 
     packages = ("tensorrt",)
+    compiles = True
 
     def __init__(self, half: str = "fp16", tf32: bool = False, cuda_graph: bool = True) -> None:
         choose("half", half, ("fp16", "bf16"))

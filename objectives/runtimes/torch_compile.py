@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch._inductor.codecache import PyCodeCache
 
 from paretune.errors import TrialError
-from paretune.objectives.runtimes.base import LoadOptions
-from paretune.objectives.runtimes.torch_runtime import Function, Settings, TorchRuntime, choose
+from paretune.objectives.runtimes.base import LoadOptions, choose
+from paretune.objectives.runtimes.torch_runtime import Function, Settings, TorchRuntime
 
 
 class TorchCompile(TorchRuntime):
@@ -28,6 +28,7 @@ class TorchCompile(TorchRuntime):
 
     name = "torch-compile"
     devices = "cpu, cuda or cuda:N"
+    compiles = True
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from paretune.errors import JobError, TrialError
 from paretune.objectives.compress.batchnorm import replace_module
 from paretune.objectives.compress.quantization import QuantizedLayer
-from paretune.objectives.data.inputs import Inputs, _attention_in_parts, map_tensors, tensors
+from paretune.objectives.data.inputs import Inputs, attention_in_parts, map_tensors, tensors
 from paretune.objectives.runtimes.onnx_export import input_names
 
 _VERSION = 1
@@ -250,7 +250,7 @@ def _trace(module: nn.Module, inputs: Inputs, *, strict: bool) -> torch.export.E
     args = tuple(tensors(inputs).values())
     batch = torch.export.Dim("batch")
     shapes = (tuple({0: batch} for _ in args),)
-    with _silence(), torch.no_grad(), _attention_in_parts():
+    with _silence(), torch.no_grad(), attention_in_parts():
         traced = torch.export.export(_Positional(module, inputs), args, dynamic_shapes=shapes, strict=strict)
         # Without operations in place: they would change the session's inputs and constants from call to call.
         return traced.run_decompositions({}) if any(map(_is_in_place, traced.graph.nodes)) else traced

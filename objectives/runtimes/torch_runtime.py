@@ -25,6 +25,7 @@ from paretune.objectives.runtimes.base import (
     LoadOptions,
     Runtime,
     Session,
+    choose,
 )
 from paretune.objectives.runtimes.torch_graph import Watched, confirmed, executed_products, lower
 from paretune.objectives.runtimes.torch_program import Input, read_program, write_program
@@ -41,13 +42,6 @@ _BLOCK = 32
 
 _CAPABILITY_FP8 = (9, 0)
 """Hopper: fp8 products with a scale for each row."""
-
-
-def choose(option: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise JobError unless the value of an option is an allowed one, bools apart from numbers."""
-    if not any(value == good and type(value) is type(good) for good in allowed):
-        rule = f"{option} must be one of {', '.join(map(str, allowed))}"
-        raise JobError("target.options", rule, repr(value), f"use {allowed[0]}, or leave it out")
 
 
 class TorchRuntime(Runtime):
