@@ -37,7 +37,7 @@ from paretune.spaces.plan import CompressionPlan
 EARLY = Protocol(warmup_seconds=0.05, min_calls=30, max_calls=30)
 """Latency before the training: enough to know where a plan stands, and quick."""
 
-_DRIFT = 0.1
+DRIFT = 0.1
 """A baseline slower or faster than at first by more than this share says that the machine isn't itself."""
 
 
@@ -262,7 +262,7 @@ class Evaluator:
         expected = self._expected(site.name)
 
         def is_off(latency: Latency) -> bool:
-            return abs(latency.baseline_ms / expected - 1) > _DRIFT or bool(latency.throttled)
+            return abs(latency.baseline_ms / expected - 1) > DRIFT or bool(latency.throttled)
 
         with self._device.exclusive(), trial.watch.phase("measure"):
             latency = self._clock(site, session, Protocol())
