@@ -264,7 +264,10 @@ def test_probed_widths_are_those_that_the_runtime_executes(problem: Problem, bas
     analysis = problem.analyse()
     executed = get_runtime("openvino").capabilities("cpu").integer_bits
     probed = probe_widths(problem, analysis, baseline)
-    assert probed == {layer.name: (32, *executed[layer.kind]) for layer in analysis.layers}
+    # None of the layers is large enough for weights in blocks of 4 bits to pay.
+    assert probed == {
+        layer.name: (32, *(bits for bits in executed[layer.kind] if bits == 8)) for layer in analysis.layers
+    }
     known = profile(problem, baseline, analysis)
     assert known.widths == probed
     assert set(LAYERS) <= known.latency_share.keys()
