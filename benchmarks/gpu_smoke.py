@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import nets
+import numpy as np
 import torch
 from reporting import machine, progress, table
 
@@ -39,6 +40,7 @@ from paretune.spaces.plan import CompressionPlan, Finetuning, Quantization
 
 BATCH = 32
 REPEATS = 3
+_PRODUCTS = ("Conv2d", "Linear")
 
 
 class Row(NamedTuple):
@@ -132,10 +134,12 @@ def widths(runtime: str, net: str, device: str) -> list[Row]:
             session = site.load(folder, floats)
             seconds = time.perf_counter() - start
             reports = session.layers()
-            wrong = [name for name in layers if bits <= 8 and (name not in reports or reports[name].bits != bits)]
+            # A layer that the width isn't offered for stays in floats.
+            wanted = {name: layers.get(name, floats) for name, kind in kinds.items() if kind in _PRODUCTS}
+            wrong = [name for name, width in wanted.items() if name not in reports or reports[name].bits != width]
             with torch.no_grad():
-                expected = module(problem.splits.validation.head(BATCH).inputs).argmax(1).numpy()
-            same = float((session.run(batch).argmax(1) == expected).mean())
+                expected = module(problem.splits.validation.head(BATCH).inputs).numpy()
+            error = float(np.abs(session.run(batch) - expected).mean() / np.ptp(expected))
             call = session.bind(batch)
             reference = reference or session.bind(batch)
             speeds = [measure_paired(call, reference, clock=site.clock) for _ in range(REPEATS)]
@@ -143,10 +147,11 @@ def widths(runtime: str, net: str, device: str) -> list[Row]:
             usage = "".join(f", {key} {value:.4g}" for key, value in site.usage(call).items() if value is not None)
             result = (
                 f"{speeds[-1].median_ms:.3f} ms ({speeds[-1].clock}), {ratios[REPEATS // 2]:.2f}x the first row "
-                f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], same predictions {same:.1%}, built in {seconds:.1f} s{usage}"
+                f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], mean error {error:.1e} of the range, "
+                f"built in {seconds:.1f} s{usage}"
                 + (f"; not executed as asked: {', '.join(wrong)}" if wrong else "")
             )
-            rows.append(Row("runtime", f"{runtime}, {net}, {bits} bits", result, not wrong and same >= 0.9))
+            rows.append(Row("runtime", f"{runtime}, {net}, {bits} bits", result, not wrong and error <= 0.02))
     return rows
 
 
@@ -158,7 +163,7 @@ def training(device: str) -> list[Row]:
         options = TrainOptions(device=device, precision=precision, batch_size=128)  # type: ignore[arg-type]
         train = Training(problem.splits, problem.task, replace(options, epochs=1))
         model, batches = problem.model.build(), train.batches(0)
-        steps = 200 if device.startswith("cuda") else 4
+        steps = 200 if device.startswith("cuda") else 3
         fit(model, train, Finetuning(), batches, range(2), steps)  # the first steps also choose kernels
         start = time.perf_counter()
         report = fit(model, train, Finetuning(), batches, range(2, steps), steps)

@@ -20,7 +20,6 @@ PACKAGES = (
     "openvino",
     "onnxruntime",
     "tensorrt",
-    "torchao",
     "optuna",
     "ray",
     "numpy",

@@ -103,11 +103,11 @@ def check(
 ) -> None:
     """Say what can be pruned and what can't and why, what there is to choose, and what the search will cost."""
     from paretune.search.check import check as check_job
-    from paretune.search.check import print_staircases
     from paretune.search.job import load_job
-    from paretune.search.show import print_check, print_json
+    from paretune.search.show import print_check, print_json, print_staircases
 
-    found = check_job(load_job(job, override or []), profile_channels=profile, fresh=fresh)
+    with _progress() as report:
+        found = check_job(load_job(job, override or []), profile_channels=profile, fresh=fresh, report=report)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -188,7 +188,7 @@ def export(
     min_accuracy: Annotated[float | None, typer.Option(help="The fastest point at least so accurate.")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The front's knee.")] = False,
 ) -> None:
-    """Copy a model of the front, with a program that runs it without paretune, and have that program check it."""
+    """Copy a model of the front, with a program that runs it, and have that program check it."""
     from paretune.search.export import export as export_point
     from paretune.search.export import pick
 

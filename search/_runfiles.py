@@ -86,6 +86,13 @@ class RunFiles:
         return self.front.get("targets") or {}
 
     @property
+    def further_objectives(self) -> list[str]:
+        """The objectives that no column of their own shows anyway: throughput, memory, energy."""
+        shown = ("accuracy", "latency_ms", "size_bytes", "params", "macs")
+        names = [str(objective.get("name")) for objective in self.front.get("objectives") or []]
+        return [name for name in names if name not in shown and not name.startswith("latency_ms@")]
+
+    @property
     def verified(self) -> bool:
         """Whether the baseline and every point of the front were measured on the test split."""
         tested = all(point.get("test") for point in self.points) and bool(self.baseline.get("test"))
@@ -203,7 +210,8 @@ def describe_target(target: Mapping[str, Any] | None) -> str:
         return ""
     threads = target.get("threads")
     text = f"{target.get('runtime')} on {target.get('device')}, batch size {target.get('batch_size')}"
-    return f"{text}, {threads} thread{'' if threads == 1 else 's'}" if threads else text
+    text += f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+    return text + "".join(f", {key} {value}" for key, value in (target.get("options") or {}).items())
 
 
 def plural(count: int, noun: str) -> str:

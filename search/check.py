@@ -10,13 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.finetune import Training, fit
 from paretune.objectives.problem import Problem
-from paretune.objectives.staircase import Staircase, staircases
+from paretune.objectives.staircase import Staircase
 from paretune.search.job import Job
 from paretune.search.local import cores
 from paretune.search.problem import float_widths, load_problem, make_job_space, profile_target
@@ -66,13 +64,20 @@ class Check:
         }
 
 
-def check(job: Job, *, profile_channels: bool = False, fresh: bool = False) -> Check:
+def check(
+    job: Job,
+    *,
+    profile_channels: bool = False,
+    fresh: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Check:
     """Analyse a job's model, measure the dense baseline, and time a few training steps.
 
     Args:
         job: The job.
-        profile_channels: Also find out at which channel counts the target gets faster.
-        fresh: Measure that even where the cache has it.
+        profile_channels: Also show at which channel counts the target gets faster.
+        fresh: Measure that even where this machine remembers it.
+        report: Takes a line for the user.
 
     Raises:
         JobError: Something is wrong with the job.
@@ -84,30 +89,13 @@ def check(job: Job, *, profile_channels: bool = False, fresh: bool = False) -> C
         baseline, seconds = _timed(
             lambda: make_baseline(problem, analysis, Path(folder) / "baseline", float_bits=floats)
         )
-        analysis = profile_target(job, problem, baseline, analysis)
+        analysis, found = profile_target(
+            job, problem, baseline, analysis, staircase=profile_channels, fresh=fresh, report=report
+        )
         estimate = _estimate(job, problem, baseline, seconds / len(floats))
         float_bits = baseline.float_bits[""]
         space = make_job_space(job, analysis, float_bits)
-        found = staircases(problem.target, analysis, float_bits, fresh=fresh) if profile_channels else {}
-        return Check(analysis, space, baseline.to_dict(), estimate, found)
-
-
-def print_staircases(found: Mapping[str, Staircase]) -> None:
-    """Print latency over channels, a table for each kind of layer; counts that gain nothing are dim."""
-    console = Console(soft_wrap=True, highlight=False)
-    for kind, staircase in found.items():
-        target = staircase.target
-        table = Table(title=f"channels of {kind} on {target.runtime}, batch {target.batch_size}; * gets faster")
-        table.add_column("channels", justify="right")
-        for width in staircase.widths:
-            table.add_column(f"{width} bits, ms", justify="right")
-        cells = {
-            (step.count, step.width): f"{step.latency_ms:.3f} {'*' if step.useful else ' '}" for step in staircase.steps
-        }
-        for count in sorted({count for count, _ in cells}):
-            row = [cells.get((count, width), "-  ") for width in staircase.widths]
-            table.add_row(str(count), *row, style="" if count in staircase.counts else "dim")
-        console.print(table)
+        return Check(analysis, space, baseline.to_dict(), estimate, found if profile_channels else {})
 
 
 def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: float) -> Estimate:

@@ -16,7 +16,7 @@ from paretune.errors import JobError
 from paretune.objectives.device import gpu_uuid
 from paretune.objectives.environment import environment, version
 from paretune.objectives.nvml import find_gpu
-from paretune.objectives.runtimes import RUNTIMES, get_runtime
+from paretune.objectives.runtimes import RUNTIMES, get_runtime, option_names
 from paretune.objectives.runtimes.probe import Probe, cpu_features, first_line, probe
 
 _INT8_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
@@ -113,7 +113,8 @@ def examine(name: str, device: str, *, fresh: bool = False) -> Finding:
         versions = {package: version(package) for package in runtime.packages}
         return Finding(name, device, versions, probe(name, device, fresh=fresh))
     except JobError as error:
-        return Finding(name, device, versions, None, f"{error.where} {error.rule}, but got {error.got}")
+        reason = f"{error.where} {error.rule}, but got {error.got}; {error.remedy}"
+        return Finding(name, device, versions, None, reason)
     except Exception as error:  # a broken installation raises anything, and saying so is what this is for
         return Finding(name, device, versions, None, first_line(error))
 
@@ -183,6 +184,9 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     for finding in diagnosis.findings:
         for line in _failures(finding.probe) if finding.probe else ():
             console.print(f"{finding.runtime} on {finding.device}: {line}", markup=False)
+    for runtime in dict.fromkeys(finding.runtime for finding in diagnosis.findings if finding.probe):
+        if options := option_names(runtime):
+            console.print(f"options of {runtime}: {', '.join(options)}", markup=False)
     for name, value in diagnosis.machine.items():
         if name != "gpus":
             console.print(f"{name}: {' '.join(value) if isinstance(value, list) else value}", markup=False)

@@ -1,4 +1,4 @@
-"""Exporting a model of the front: a folder that runs without paretune."""
+"""Exporting a model of the front: a folder with a program that runs it."""
 
 from __future__ import annotations
 
@@ -101,10 +101,13 @@ def export(run: Path, point: Point, destination: Path) -> str:
         name = "run_artifact.py" if card.main.target.runtime in _STANDALONE else "run_with_paretune.py"
         program = files("paretune.search") / "templates" / name
         (folder / "run.py").write_text(program.read_text())
-        # Where the artifact was measured it must answer bit for bit; other processors may round otherwise.
-        here = card.environment["processor"] == environment()["processor"]
-        command = [sys.executable, "run.py", *(["--exactly"] if here else [])]
-        # A program of its own, outside this process and without paretune: as it will run where it is deployed.
+        # Where the artifact was measured it must answer bit for bit. Other processors may round otherwise, and so may
+        # kernels that are chosen anew at each load.
+        target = card.main.target
+        same = card.environment["processor"] == environment()["processor"] and target.device == "cpu"
+        exactly = same and target.runtime in _STANDALONE
+        command = [sys.executable, "run.py", *(["--exactly"] if exactly else [])]
+        # A program of its own, outside this process: as it will run where it is deployed.
         checked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if checked.returncode != 0:
             said = (checked.stdout + checked.stderr).strip()

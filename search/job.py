@@ -28,12 +28,14 @@ from paretune.search.job_types import (
     AutoBool,
     Bits,
     Constraint,
+    Device,
     Factory,
     Importances,
     Name,
     ObjectiveName,
     RateRange,
     ResolvedPath,
+    RuntimeOptions,
     Section,
     Source,
     TaskName,
@@ -112,8 +114,9 @@ class SpaceSection(Section):
     )
     channels: Literal["probe", "fixed"] = Field(
         default="probe",
-        description="Which channel counts are offered: probe, those at which the target was measured to get faster "
-        "(half a minute, once on a machine); fixed, multiples of 8, and of 16 from 64 on.",
+        description="Which channel counts are offered: probe, those at which the main target is measured to get faster "
+        "(half a minute or so for each batch size and largest group, then remembered; more where a runtime compiles); "
+        "fixed, multiples of 8, and of 16 from 64 on.",
     )
     importance: Importances = Field(
         default=["l1"], description="Rules for which channels go first: l1, l2, bn-scale, taylor, random."
@@ -197,12 +200,12 @@ class TargetSection(Section):
     runtime: str = Field(
         default="openvino",
         min_length=1,
-        description="What executes the artifact: openvino, onnxruntime, torch-compile or torch-cuda.",
+        description="What executes the artifact: openvino, onnxruntime, torch-compile, torch-cuda or tensorrt.",
     )
-    device: str = Field(default="cpu", min_length=1, description="The runtime's device, e.g. cpu, cuda.")
+    device: Device = Field(default="cpu", description="The runtime's device: cpu, cuda or cuda:N.")
     batch_size: int = Field(default=1, ge=1, description="Samples in one timed call.")
     threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
-    options: dict[str, str | int | bool] = Field(
+    options: RuntimeOptions = Field(
         default={}, description="The runtime's own choices, e.g. {half: fp16}; `paretune doctor` names them."
     )
 
@@ -289,7 +292,7 @@ class Job(Section):
     targets: list[NamedTarget] = Field(
         default=[],
         description="In place of target: several, the main one first. One training serves all; the main one's numbers "
-        "are latency_ms and so on, those of another latency_ms@NAME.",
+        "are latency_ms and so on, those of another latency_ms@NAME. Where latency_ms is an objective, so are these.",
     )
     objectives: Annotated[list[ObjectiveName], AfterValidator(lambda value: _objectives(value))] = Field(
         default=["accuracy", "latency_ms"],
@@ -347,21 +350,16 @@ class Job(Section):
     def all_objectives(self) -> list[str]:
         """The objectives, those of further targets among them."""
         own = [f"latency_ms@{name}" for name, target in self.other_targets.items() if target.objective]
-        return list(dict.fromkeys([*self.objectives, *own]))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _main_target(cls, value: Any) -> Any:
-        targets = value.get("targets") if isinstance(value, dict) else None
-        if not isinstance(targets, list) or not targets or not isinstance(targets[0], dict):
-            return value
-        if "target" in value:
-            raise RuleError("must not stand beside targets", "both", "name the target in targets", key="target")
-        shared = {key: entry for key, entry in targets[0].items() if key in TargetSection.model_fields}
-        return {**value, "target": shared}
+        return list(dict.fromkeys([*self.objectives, *(own if "latency_ms" in self.objectives else ())]))
 
     @model_validator(mode="after")
     def _targets_fit(self) -> Job:
+        if self.targets:
+            main = TargetSection(**{key: getattr(self.targets[0], key) for key in TargetSection.model_fields})
+            if "target" in self.model_fields_set and self.target != main:
+                remedy = "leave it out; the first of targets takes its place"
+                raise RuleError("must not stand beside targets", short(self.target.model_dump()), remedy, key="target")
+            self.__dict__["target"] = main  # what is frozen for users isn't made yet
         names = [target.label for target in self.targets]
         if len(set(names)) < len(names):
             raise RuleError("must have different names", short(names), "give each a name", key="targets")
@@ -373,10 +371,13 @@ class Job(Section):
             *(("objectives", name) for name in self.objectives),
             *(("constraints", name) for name in bounds),
         ]:
-            target = name.partition("@")[2]
-            if target and target not in self.other_targets:
+            metric, at, target = name.partition("@")
+            if at and target not in self.other_targets:
                 known = ", ".join(self.other_targets) or "none"
-                raise RuleError("must name a further target after @", short(name), f"the job has {known}", key=key)
+                remedy = f"the job has {known}; the first target's numbers have no @"
+                raise RuleError("must name a further target after @", short(name), remedy, key=key)
+            if at and metric in ("params", "macs"):
+                raise RuleError("must not name a target", short(name), f"write {metric}", key=key)
         if len(self.all_objectives) > 4:
             remedy = "set objective: false for some targets"
             raise RuleError("must be at most four in all", short(self.all_objectives), remedy, key="objectives")
@@ -386,7 +387,7 @@ class Job(Section):
     def _remember(self, info: ValidationInfo) -> Job:
         self._folder = folder_of(info)
         for position, constraint in enumerate(self.constraints):
-            bounded = constraint.name == "accuracy" and constraint.op == ">=" and constraint.value > 1
+            bounded = constraint.name.partition("@")[0] == "accuracy" and constraint.op == ">=" and constraint.value > 1
             if bounded and self.task in TASK_NAMES:
                 remedy = f"write a share, e.g. {constraint.value / 100:g} for {constraint.value:g} %"
                 raise RuleError(
@@ -406,7 +407,7 @@ class Job(Section):
         A live object is written as its import string where it can be imported, and as ``<live NAME>``
         elsewhere; such a job can be read, but not run again without the object.
         """
-        content = self.model_dump(mode="json", exclude={"target"} if self.targets else None)
+        content = self.model_dump(mode="json")
         teacher = self.teacher.factory if isinstance(self.teacher, ModelSection) else "same"
         homes = [home_folder(value) for value in (self.model.factory, teacher, self.data.source, self.task)]
         content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))
@@ -468,14 +469,27 @@ def _override(content: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise JobError("override", "must be KEY=VALUE", repr(override), "write e.g. search.trials=10")
-    section = content
+    if parts == ["targets"]:
+        content.pop("target", None)  # the first of them takes its place
+    section: Any = content
     for position, part in enumerate(parts[:-1]):
+        if isinstance(section, list):
+            section = section[_index(key, part, section)]
+            continue
         if section.get(part) is None:
             section[part] = {}
         elif parts[position] == "data" and position == 0 and isinstance(section[part], str):
             section[part] = {"source": section[part]}
         section = section[part]
-        if not isinstance(section, dict):
+        if not isinstance(section, dict | list):
             got = f"{key.strip()!r}, and {'.'.join(parts[: position + 1])} is {short(section)}"
             raise JobError("override", "must name a key of a section", got, "override the whole key instead")
-    section[parts[-1]] = parse_yaml(text, where=f"override {key.strip()}")
+    last = _index(key, parts[-1], section) if isinstance(section, list) else parts[-1]
+    section[last] = parse_yaml(text, where=f"override {key.strip()}")
+
+
+def _index(key: str, part: str, entries: list[Any]) -> int:
+    if not part.isdigit() or int(part) >= len(entries):
+        got = f"{key.strip()!r}, where the list has {len(entries)} entries"
+        raise JobError("override", "must count a list's entries from 0", got, "write e.g. targets.0.batch_size")
+    return int(part)

@@ -61,7 +61,28 @@ def _objective(value: Any) -> Any:
     return value
 
 
-ObjectiveName = Annotated[str, BeforeValidator(_objective)]
+_NAMES = WithJsonSchema({"type": "string", "pattern": rf"^({'|'.join(DIRECTIONS)})(@[A-Za-z0-9._-]+)?$"})
+ObjectiveName = Annotated[str, BeforeValidator(_objective), _NAMES]
+
+
+def _device(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", value.lower()):
+        raise RuleError("must be cpu, cuda or cuda:N", short(value), "use cpu, or cuda for the first GPU")
+    return value.lower()
+
+
+def _runtime_options(value: Any) -> Any:
+    good = isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(entry, str | int | bool) for key, entry in value.items()
+    )
+    if not good:
+        rule = "must be a mapping of names to texts, whole numbers or truth values"
+        raise RuleError(rule, short(value), "write e.g. {half: fp16}")
+    return value
+
+
+Device = Annotated[str, BeforeValidator(_device)]
+RuntimeOptions = Annotated[dict[str, str | int | bool], BeforeValidator(_runtime_options)]
 
 
 def direction(name: str) -> Literal["maximize", "minimize"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
-from paretune.objectives.staircase import staircases, useful_counts
+from paretune.objectives.staircase import Staircase, staircases, useful_counts
 from paretune.objectives.tasks import load_task
 from paretune.search.job import Job, ModelSection, TargetSection
 from paretune.spaces.analysis import EXCLUDED, Analysis
@@ -47,8 +47,8 @@ def load_problem(job: Job) -> Problem:
         teacher=_source(teacher, "teacher") if teacher else None,
         exclude=tuple(job.space.exclude),
     )
-    for name, site in problem.sites.items():
-        with _naming(f"target {name}" if name else "target"):
+    for position, site in enumerate(problem.sites.values()):
+        with _naming(f"targets[{position}]" if others else "target"):
             _ = site.capabilities
     problem.check()
     return problem
@@ -64,7 +64,8 @@ def _naming(target: str) -> Iterator[None]:
     try:
         yield
     except JobError as error:
-        raise JobError(error.where.replace("target", target, 1), error.rule, error.got, error.remedy) from error
+        where = error.where.removeprefix("target")
+        raise JobError(f"{target}{where}", error.rule, error.got, error.remedy) from error
 
 
 def _source(section: ModelSection, key: str) -> ModelSource:
@@ -120,12 +121,37 @@ def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, 
     return widths
 
 
-def profile_target(job: Job, problem: Problem, baseline: Baseline, analysis: Analysis) -> Analysis:
-    """The analysis with what the target makes of the model: latency shares, widths, and useful channel counts."""
+def profile_target(
+    job: Job,
+    problem: Problem,
+    baseline: Baseline,
+    analysis: Analysis,
+    *,
+    staircase: bool = False,
+    fresh: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Analysis, dict[str, Staircase]]:
+    """The analysis with what the target makes of the model: latency shares, widths, and useful channel counts.
+
+    Args:
+        job: Decides whether channel counts are probed.
+        problem: What it is about.
+        baseline: The dense artifact.
+        analysis: Of the model.
+        staircase: Probe channel counts even where the job has fixed ones.
+        fresh: Measure them even where this machine remembers them.
+        report: Takes a line for the user.
+
+    Returns:
+        The analysis, and the staircases by layer kind; none where nothing was probed.
+    """
     analysis = profile(problem, baseline, analysis)
-    if not job.space.prune or job.space.channels == "fixed":
-        return analysis
-    return replace(analysis, counts=useful_counts(staircases(problem.target, analysis, baseline.float_bits[""])))
+    probes = job.space.prune and job.space.channels == "probe"
+    if not probes and not staircase:
+        return analysis, {}
+    report("measuring at which channel counts the target gets faster (remembered for the next run)")
+    found = staircases(problem.target, analysis, baseline.float_bits[""], fresh=fresh)
+    return replace(analysis, counts=useful_counts(found)) if probes else analysis, found
 
 
 def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace:

@@ -200,7 +200,8 @@ def _front_row(run: RunFiles, entry: Mapping[str, Any], *, name: str) -> dict[st
         (difference, change, "test"),
         (milliseconds(costs), number(costs, "latency_ms"), ""),
         (UNKNOWN if speedup is None else f"{speedup:.2f}\u00d7", speedup, ""),
-        *(cell for name in run.targets for cell in _target_cells(costs, name)),
+        *(cell for name in run.targets for cell in _target_cells(costs, name, scale)),
+        *((amount(value), value, "") for value in (number(costs, name) for name in run.further_objectives)),
         (amount(number(costs, "size_bytes"), "B"), number(costs, "size_bytes"), ""),
         (amount(number(costs, "params")), number(costs, "params"), ""),
         (amount(number(costs, "macs")), number(costs, "macs"), ""),
@@ -215,10 +216,12 @@ def _front_row(run: RunFiles, entry: Mapping[str, Any], *, name: str) -> dict[st
     return {**common, "picks": [], "command": "", "verified": bool(test)}
 
 
-def _target_cells(costs: Metrics, target: str) -> list[tuple[str, float | None, str]]:
-    """Latency and speed-up on a further target."""
+def _target_cells(costs: Metrics, target: str, scale: Scale) -> list[tuple[str, float | None, str]]:
+    """Accuracy, latency and speed-up on a further target."""
     latency, speedup = number(costs, f"latency_ms@{target}"), number(costs, f"speedup@{target}")
+    accuracy = number(costs, f"accuracy@{target}")
     return [
+        (scale.show(accuracy), accuracy, ""),
         (milliseconds(costs, target), latency, ""),
         (UNKNOWN if speedup is None else f"{speedup:.2f}\u00d7", speedup, ""),
     ]

@@ -21,6 +21,7 @@ from paretune.errors import JobError, SearchError
 from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.device import Device
 from paretune.objectives.environment import environment
+from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
 from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.front_json import read_front
@@ -130,7 +131,9 @@ def _prepare(
     (folder / "job.yaml").write_text(job.to_yaml())
     _write_json(folder / "environment.json", environment())
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
-    analysis = profile_target(job, problem, baseline, analysis)
+    _check_measurable(job, baseline.measurement)
+    analysis, _ = profile_target(job, problem, baseline, analysis, report=report)
+    make_job_space(job, analysis, baseline.float_bits[""])  # so that a space that can't be made leaves no run
     _write_json(folder / "analysis.json", analysis.to_dict())
     for name, measured in baseline.measurement.on.items():
         report(
@@ -139,6 +142,18 @@ def _prepare(
             f"{measured.size_bytes:,} bytes"
         )
     return analysis
+
+
+def _check_measurable(job: Job, measured: Measurement) -> None:
+    """Raise JobError for an objective or a bound on what the targets don't give, e.g. the energy of a CPU."""
+    known = measured.to_dict()
+    bounds = [constraint.name for constraint in job.constraints]
+    for key, names in (("objectives", job.objectives), ("constraints", bounds)):
+        for position, name in enumerate(names):
+            if name not in known:
+                rule = "must be something that its target tells"
+                remedy = f"choose among {', '.join(known)}"
+                raise JobError(f"{key}[{position}]", rule, repr(name), remedy)
 
 
 def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
@@ -222,10 +237,10 @@ def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metr
             return begun - before
         for outcome in executor.wait(_POLL):
             proposal = running.pop(outcome.number)
-            _tell(folder, study, proposal, outcome)
+            error = _tell(folder, study, proposal, outcome)
             study.spent_seconds = time.monotonic() - start
             write_front(folder, study, metric)
-            report(_line(metric, proposal, outcome))
+            report(_line(metric, proposal, outcome, error))
 
 
 def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
@@ -235,27 +250,26 @@ def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
     return Evaluate(proposal.plan, trial / "artifact", job.search.seed)
 
 
-def _tell(folder: Path, study: SearchStudy, proposal: Proposal, outcome: Outcome) -> None:
+def _tell(folder: Path, study: SearchStudy, proposal: Proposal, outcome: Outcome) -> str:
+    """Store what came of a trial; returns why it failed, if it did."""
     trial = folder / "trials" / str(proposal.number)
-    if outcome.error:
-        (trial / "error.txt").write_text(f"{outcome.error}\n\n{outcome.details}".rstrip() + "\n")
-        study.fail(proposal.number, outcome.error)
-        return
-    lacking = study.lacking(outcome.result)
-    if lacking:
-        error = f"every objective and bound must be measured, but {lacking} wasn't readable on its target; leave it out"
-        (trial / "error.txt").write_text(error + "\n")
+    error = outcome.error
+    if not error and (lacking := study.lacking(outcome.result.measurement)):
+        error = f"every objective and bound must be measured, but {lacking} couldn't be read on its target"
+    if error:
+        (trial / "error.txt").write_text(f"{error}\n\n{outcome.details}".rstrip() + "\n")
         study.fail(proposal.number, error)
-        return
+        return error
     record = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
     _write_json(trial / "record.json", record | outcome.result.to_dict())
     study.complete(proposal.number, outcome.result)
+    return ""
 
 
-def _line(metric: str, proposal: Proposal, outcome: Outcome) -> str:
+def _line(metric: str, proposal: Proposal, outcome: Outcome, error: str) -> str:
     head = f"trial {proposal.number} ({proposal.source})"
-    if outcome.error:
-        return f"{head}: failed: {outcome.error}"
+    if error:
+        return f"{head}: failed: {error}"
     measured = outcome.result.measurement.main
     others = outcome.result.measurement.on.items()
     seconds = sum(outcome.result.seconds.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from paretune.search.front import knee
 
 if TYPE_CHECKING:
+    from paretune.objectives.staircase import Staircase
     from paretune.search.check import Check
 
 
@@ -25,7 +26,7 @@ def print_json(data: Any) -> None:
 
 def print_front(run: Path, front: Mapping[str, Any]) -> None:
     """Print a front as a table, the baseline first."""
-    metric, targets = front["metric"], list(front.get("targets", {}))
+    metric = front["metric"]
     table = Table(title=f"{front['run']}: {'verified front' if front['verified'] else 'front so far, not verified'}")
     for column in (
         "trial",
@@ -34,32 +35,62 @@ def print_front(run: Path, front: Mapping[str, Any]) -> None:
         "latency ms",
         "interval",
         "speed-up",
-        *(column for name in targets for column in (f"ms on {name}", "speed-up")),
         "size kB",
         "",
     ):
         table.add_column(column, justify="left" if column in ("trial", "") else "right")
-    dense = _cells(f"dense ({front['baseline']['format']})", front["baseline"], targets)
-    table.add_row(*dense, "baseline", style="dim")
+    dense = f"dense ({front['baseline']['format']})"
+    table.add_row(*_cells(dense, front["baseline"]), "baseline", style="dim")
     points = front["points"]
     best = knee(points) if points else None
     for i, point in enumerate(points):
-        table.add_row(*_cells(str(point["trial"]), point, targets), "knee" if i == best else "")
+        table.add_row(*_cells(str(point["trial"]), point), "knee" if i == best else "")
     console = Console()
     console.print(table)
+    _print_objectives(console, front)
+    for name in front.get("targets", {}):
+        _print_target(console, front, name)
     if points:
         console.print(f"paretune export {run} --knee", highlight=False, soft_wrap=True)
     if (run / "report.html").is_file():
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _cells(name: str, point: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+def _print_target(console: Console, front: Mapping[str, Any], target: str) -> None:
+    """Print what was measured on a further target."""
+    table = Table(title=f"on {target}")
+    for column in ("trial", front["metric"], "latency ms", "interval", "speed-up"):
+        table.add_column(column, justify="left" if column == "trial" else "right")
+    for name, entry in (("dense", front["baseline"]), *((str(point["trial"]), point) for point in front["points"])):
+        suffix = f"@{target}"
+        values = entry["validation"].items()
+        found = {key.removesuffix(suffix): value for key, value in values if key.endswith(suffix)}
+        table.add_row(
+            name,
+            f"{found['accuracy']:.4f}",
+            f"{found['latency_ms']:.3f}",
+            f"{found['latency_low_ms']:.3f} to {found['latency_high_ms']:.3f}",
+            f"{found['speedup']:.2f}x",
+        )
+    console.print(table)
+
+
+def _print_objectives(console: Console, front: Mapping[str, Any]) -> None:
+    """Print the objectives that no other table shows."""
+    names = [objective["name"] for objective in front["objectives"]]
+    names = [name for name in names if "@" not in name and name not in ("accuracy", "latency_ms", "size_bytes")]
+    if not names:
+        return
+    table = Table(title="further objectives")
+    for column in ("trial", *names):
+        table.add_column(column, justify="left" if column == "trial" else "right")
+    for name, entry in (("dense", front["baseline"]), *((str(point["trial"]), point) for point in front["points"])):
+        table.add_row(name, *(f"{entry['validation'][objective]:,.6g}" for objective in names))
+    console.print(table)
+
+
+def _cells(name: str, point: Mapping[str, Any]) -> list[str]:
     validation, test = point["validation"], point.get("test")
-    others = [
-        text
-        for target in targets
-        for text in (f"{validation[f'latency_ms@{target}']:.3f}", f"{validation[f'speedup@{target}']:.2f}x")
-    ]
     return [
         name,
         f"{validation['accuracy']:.4f}",
@@ -67,7 +98,6 @@ def _cells(name: str, point: Mapping[str, Any], targets: Sequence[str]) -> list[
         f"{validation['latency_ms']:.3f}",
         f"{validation['latency_low_ms']:.3f} to {validation['latency_high_ms']:.3f}",
         f"{validation['speedup']:.2f}x",
-        *others,
         f"{validation['size_bytes'] / 1000:,.0f}",
     ]
 
@@ -119,3 +149,21 @@ def _print_costs(console: Console, check: Check) -> None:
         "model's pace (pruned ones train faster), and then the verification; "
         f"{estimate.trial_bytes / 1e6:.1f} MB a trial and {estimate.bytes / 1e6:.0f} MB in all"
     )
+
+
+def print_staircases(found: Mapping[str, Staircase]) -> None:
+    """Print latency over channels, a table for each kind of layer; counts that gain nothing are dim."""
+    console = Console(soft_wrap=True, highlight=False)
+    for kind, staircase in found.items():
+        target = staircase.target
+        table = Table(title=f"channels of {kind} on {target.runtime}, batch {target.batch_size}; * gets faster")
+        table.add_column("channels", justify="right")
+        for width in staircase.widths:
+            table.add_column(f"{width} bits, ms", justify="right")
+        cells = {
+            (step.count, step.width): f"{step.latency_ms:.3f} {'*' if step.useful else ' '}" for step in staircase.steps
+        }
+        for count in sorted({count for count, _ in cells}):
+            row = [cells.get((count, width), "-  ") for width in staircase.widths]
+            table.add_row(str(count), *row, style="" if count in staircase.counts else "dim")
+        console.print(table)

@@ -93,9 +93,9 @@ class SearchStudy:
         self._running[trial.number] = trial
         return Proposal(trial.number, plan, source)
 
-    def lacking(self, record: Record) -> str:
-        """Name of an objective, or of what is bounded, that a record has no value of; empty where it has all."""
-        known = record.measurement.to_dict()
+    def lacking(self, found: Measurement) -> str:
+        """Name of an objective, or of what is bounded, that wasn't measured; empty where all were."""
+        known = found.to_dict()
         wanted = (*self.objectives, *(constraint.name for constraint in self.constraints))
         return next((name for name in wanted if name not in known), "")
 

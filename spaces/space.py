@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,31 +191,31 @@ def make_space(analysis: Analysis, widths: Mapping[str, Sequence[int]], options:
         options: What the job allows.
     """
     kinds = {layer.name: layer.kind for layer in analysis.layers}
-    grids = {
-        group.name: channel_grid(
-            group.channels, max_ratio=options.max_ratio, counts=analysis.counts.get(kinds.get(group.name, ""))
-        )
-        for group in (analysis.groups if options.prune else ())
-    }
-    feeders: dict[str, list[Group]] = {}
-    for group in analysis.groups:
-        for name in group.consumers:
-            feeders.setdefault(name, []).append(group)
+    grids: dict[str, list[int]] = {}
+    offered = {name: tuple(values) for name, values in widths.items()}
+    for group in analysis.groups if options.prune else ():
+        counts = analysis.counts.get(kinds.get(group.name, ""))
+        grid = channel_grid(group.channels, max_ratio=options.max_ratio, counts=counts)
+        for name, width, each in _fed_in_blocks(group, analysis, offered, options):
+            whole = [kept for kept in grid if (group.channels - kept) * each % options.multiples[width] == 0]
+            if len(whole) > 2:
+                grid = whole
+            else:  # too few: better give up the width than the pruning
+                rest = tuple(other for other in offered[name] if other != width)
+                offered[name] = rest or analysis.widths[name][:1]
+        grids[group.name] = grid
+    return SearchSpace(grids, offered, options)
+
+
+def _fed_in_blocks(
+    group: Group, analysis: Analysis, offered: Mapping[str, Sequence[int]], options: Options
+) -> Iterator[tuple[str, int, int]]:
+    """(layer, width, inputs for each channel) for the group's readers that a width takes in blocks of inputs alone."""
     inputs = {layer.name: layer.inputs for layer in analysis.layers}
-
-    def survives_pruning(name: str, width: int) -> bool:
-        multiple = options.multiples.get(width, 1)
-        for group in feeders.get(name, ()):
+    for name in group.consumers:
+        for width in options.multiples.keys() & set(offered.get(name, ())):
             # Behind a flatten, each channel gives several inputs.
-            each = max(1, inputs.get(name, 0) // group.channels)
-            if any((group.channels - kept) * each % multiple for kept in grids.get(group.name, ())):
-                return False
-        return True
-
-    fitting = {
-        name: tuple(width for width in offered if survives_pruning(name, width)) for name, offered in widths.items()
-    }
-    return SearchSpace(grids, fitting, options)
+            yield name, width, max(1, inputs.get(name, 0) // group.channels)
 
 
 def _in(distribution: BaseDistribution, value: Any) -> bool:

@@ -90,6 +90,7 @@ class OnnxRuntime(Runtime):
             executed = _executed(onnx.load(compiled, load_external_data=False).graph.node, calls)
         settings: dict[str, str | int | bool] = {
             "provider": provider[0],
+            **provider[1],
             "intra_op_num_threads": options.threads,
             "disabled_optimizers": ",".join(_UNFAITHFUL),
         }

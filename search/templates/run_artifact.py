@@ -46,7 +46,9 @@ def onnxruntime_model(path: Path, card: dict[str, Any]) -> Callable[[Arrays], An
     session = onnxruntime.InferenceSession(
         str(path),
         options,
-        providers=[settings["provider"]],
+        providers=[
+            (settings["provider"], {key: settings[key] for key in ("device_id", "use_tf32") if key in settings})
+        ],
         # These would run layers in other widths than they were trained for.
         disabled_optimizers=settings["disabled_optimizers"].split(","),
     )

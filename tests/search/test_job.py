@@ -222,8 +222,9 @@ TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 
         pytest.param("finetune: {tf32: 3}", r"finetune\.tf32 must be", id="tf32"),
         pytest.param("target: {threads: 0}", r"target\.threads must be greater than or equal to 1", id="threads"),
         pytest.param("target: {runtime: ''}", r"target\.runtime must have at least 1 character", id="runtime"),
-        pytest.param("target: {options: {half: [1]}}", r"target\.options\.half", id="options"),
-        pytest.param(TWO + "target: {}", r"target must not stand beside targets", id="target and targets"),
+        pytest.param("target: {options: {half: 0.5}}", r"^target\.options must be a mapping", id="options"),
+        pytest.param("target: {device: a/../b}", r"^target\.device must be cpu, cuda or cuda:N", id="device"),
+        pytest.param(TWO + "target: {threads: 2}", r"target must not stand beside targets", id="target and targets"),
         pytest.param(
             "targets: [{batch_size: 0}]",
             r"targets\[0\]\.batch_size must be greater than or equal to 1",
@@ -239,6 +240,9 @@ TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 
             id="unknown target",
         ),
         pytest.param("constraints: ['latency_ms@big <= 3']", r"the job has none", id="bound on no target"),
+        pytest.param("objectives: [accuracy, latency_ms@]", r"must name a further target", id="nothing after @"),
+        pytest.param(TWO + "objectives: [accuracy, params@big]", r"must not name a target.*write params", id="params@"),
+        pytest.param(TWO + "constraints: ['accuracy@big >= 90']", r"at most 1 for accuracy", id="percent on a target"),
         pytest.param(
             "objectives: [accuracy, latency_ms, params, macs]\n" + TWO,
             r"objectives must be at most four",
@@ -420,3 +424,36 @@ def test_targets_that_are_only_reported(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, MINIMAL + "targets: [{}, {device: 'cuda:1', objective: false}]"))
     assert job.all_objectives == ["accuracy", "latency_ms"]
     assert list(job.other_targets) == ["openvino-cuda1-b1"]
+
+
+def test_targets_come_live_and_out_of_a_dump(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + TWO))
+    dumped = make_job(job.model_dump())
+    assert (dumped.target, dumped.targets) == (job.target, job.targets)
+    live = make_job({**job.model_dump(exclude={"target"}), "targets": list(reversed(job.targets))})
+    assert (live.target.runtime, live.target.batch_size) == ("onnxruntime", 64)
+
+
+@pytest.mark.parametrize(
+    ("override", "sizes"),
+    [("targets.1.batch_size=4", [1, 4]), ("targets=[{batch_size: 2}, {batch_size: 3}]", [2, 3])],
+)
+def test_overriding_targets(tmp_path: Path, override: str, sizes: list[int]) -> None:
+    job = load_job(write(tmp_path, MINIMAL + TWO), [override])
+    assert [target.batch_size for target in job.targets] == sizes
+    assert job.target.batch_size == sizes[0]
+
+
+def test_overriding_a_target_by_several(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + "target: {batch_size: 9}"), ["targets=[{batch_size: 2}, {batch_size: 3}]"])
+    assert job.target.batch_size == 2
+
+
+def test_a_target_that_isnt_there_cant_be_overridden(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"must count a list's entries from 0.*2 entries"):
+        load_job(write(tmp_path, MINIMAL + TWO), ["targets.2.batch_size=4"])
+
+
+def test_further_targets_are_objectives_where_latency_is(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + TWO + "objectives: [accuracy, size_bytes]"))
+    assert job.all_objectives == ["accuracy", "size_bytes"]

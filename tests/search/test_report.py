@@ -322,9 +322,21 @@ def test_further_targets_get_columns(tmp_path: Path) -> None:
         for split in ("validation", "test"):
             own = entry[split]
             entry[split] = own | {f"{key}@big": 10 * own[key] for key in own if key.startswith("latency")}
+            entry[split]["accuracy@big"] = 0.5
             entry[split]["speedup@big"] = 1.23
     html = write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")
     assert "latency on big, ms [interval]" in html
     assert "big: onnxruntime on cpu, batch size 64, 1 thread" in html
     assert html.count("1.23\u00d7") == 6
     assert f"{10 * 1.31 * 1.01:.1f} [" in html
+    assert "accuracy on big" in html
+
+
+def test_objectives_without_a_column_get_one(tmp_path: Path) -> None:
+    front = _front()
+    front["objectives"].append({"name": "energy_mj", "direction": "minimize"})
+    for entry in (front["baseline"], *front["points"]):
+        entry["test"]["energy_mj"] = 123.0
+    html = write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")
+    assert "energy_mj</button>" in html
+    assert html.count('data-v="123.0"') == 6

@@ -25,6 +25,7 @@ from torch import nn
 from paretune.errors import JobError, SearchError
 from paretune.objectives.artifact import verify_files
 from paretune.objectives.data import Splits, load_splits
+from paretune.search.export import export, pick
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job
 from paretune.search.results import write_front
@@ -378,6 +379,12 @@ def test_sigterm_ends_a_search_in_order(new_run: NewRun) -> None:
         pytest.param({"model": {"factory": "no_such:build"}}, r"^model\.factory must name a module", id="no module"),
         pytest.param({"model": {"weights": "/no/such.pt"}}, r"^model\.weights must be a file", id="no weights"),
         pytest.param({"teacher": {"factory": f"{MODULE}:build_images"}}, r"\(64, 4, 6, 6\)", id="other teacher"),
+        pytest.param(
+            {"constraints": ["energy_mj <= 5"]}, r"^constraints\[0\] must be something that its target", id="no energy"
+        ),
+        pytest.param(
+            {"objectives": ["accuracy", "throughput_per_s"]}, r"^objectives\[1\] must be something", id="no throughput"
+        ),
         pytest.param({"storage": "oracle9://host"}, r"^storage must be a database URL that opens", id="storage"),
     ],
 )
@@ -407,24 +414,39 @@ def test_a_job_file_whose_module_fails(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_several_targets_from_one_training(tiny: TinyJob, tmp_path: Path) -> None:
-    keys = tiny.keys(tmp_path, search={"trials": 3}, constraints=["latency_ms@ort <= 1000"])
+    keys = tiny.keys(tmp_path, search={"trials": 3})
     del keys["target"]
-    keys["targets"] = [{"batch_size": 8}, {"name": "ort", "runtime": "onnxruntime", "batch_size": 4}]
+    keys["targets"] = [{"runtime": "onnxruntime", "batch_size": 4}, {"name": "other", "batch_size": 8}]
     lines: list[str] = []
     folder = run(keys, report=lines.append)
     front = read_front(folder)
     assert front["verified"] is True
-    assert front["targets"]["ort"]["runtime"] == "onnxruntime"
-    assert [objective["name"] for objective in front["objectives"]] == ["accuracy", "latency_ms", "latency_ms@ort"]
+    assert front["targets"]["other"]["runtime"] == "openvino"
+    assert [objective["name"] for objective in front["objectives"]] == ["accuracy", "latency_ms", "latency_ms@other"]
     for entry in (front["baseline"], *front["points"]):
         assert entry["test"]["latency_ms"] > 0
-        assert entry["test"]["latency_ms@ort"] > 0
-    assert any("ms on ort" in line for line in lines if line.startswith("trial"))
-    assert all(float(row["latency_ms@ort"]) > 0 for row in table_of(folder))
+        assert entry["test"]["latency_ms@other"] > 0
+    assert any("ms on other" in line for line in lines if line.startswith("trial"))
+    assert all(float(row["latency_ms@other"]) > 0 for row in table_of(folder))
     assert all(len(trial.values) == 3 for trial in trials_of(folder))
-    assert run_again_is_done(folder)
-
-
-def run_again_is_done(folder: Path) -> bool:
+    said = export(folder, pick(folder, at_knee=True), tmp_path / "exported")
+    assert "equal bit for bit" in said, "models of ONNX Runtime run without paretune too"
     before = snapshot(folder)
-    return resume(folder, report=lambda line: None) == folder and snapshot(folder).keys() == before.keys()
+    assert resume(folder, report=lambda line: None) == folder
+    assert snapshot(folder).keys() == before.keys()
+
+
+def test_measured_channel_counts_make_the_space(
+    tiny: TinyJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines: list[str] = []
+    folder = run(tiny.keys(tmp_path, space={"channels": "probe"}, search={"trials": 2}), report=lines.append)
+    assert any("which channel counts" in line for line in lines)
+    counts = json.loads((folder / "analysis.json").read_text())["counts"]
+    assert set(counts) == {"Conv2d"}
+    assert all(type(count) is int and 1 <= count <= 16 for count in counts["Conv2d"])
+    job = (folder / "job.yaml").read_text()
+    (folder / "job.yaml").write_text(job.replace("trials: 2", "trials: 3"))
+    resume(folder, report=lambda line: None)  # in the space of before, which is read back
+    assert states_of(folder) == ["COMPLETE"] * 3

@@ -212,23 +212,32 @@ def test_measured_counts_make_the_grid() -> None:
     assert space.grids == {"a": [12, 20, 32], "b": [8, 16, 24, 32]}
 
 
+FEEDS = (Layer("a", "Linear", 1, 1, "a"), Layer("b", "Linear", 1, 1, None))
+
+
+def fed(channels: int, inputs: int) -> Analysis:
+    """Group `a`, which gives all inputs of layer `b`."""
+    layers = (FEEDS[0], replace(FEEDS[1], inputs=inputs))
+    return Analysis((Group("a", channels, ("a",), ("b",)),), (), layers, 2, 2, widths={"b": (32, 8, 4)})
+
+
 @pytest.mark.parametrize(
-    ("channels", "max_ratio", "kept"),
+    ("channels", "inputs", "grid", "widths"),
     [
-        pytest.param(256, 0.75, True, id="all counts fit"),
-        pytest.param(64, 0.75, False, id="24 doesn't"),
-        pytest.param(64, 0.5, False, id="40 doesn't"),
+        pytest.param(128, 128, [32, 48, 64, 80, 96, 112, 128], (32, 8, 4), id="counts that leave whole blocks"),
+        pytest.param(128, 512, [32, 40, 48, 56, 64, 80, 96, 112, 128], (32, 8, 4), id="several inputs a channel"),
+        pytest.param(32, 32, [8, 16, 24, 32], (32, 8), id="too few counts would be left"),
     ],
 )
-def test_widths_that_need_even_inputs(channels: int, max_ratio: float, kept: bool) -> None:
-    layers = (Layer("a", "Linear", 1, 1, "a"), Layer("b", "Linear", 1, 1, None, inputs=channels))
-    analysis = Analysis((Group("a", channels, ("a",), ("b",)),), (), layers, 2, 2)
-    space = make_space(analysis, {"b": (32, 8, 4)}, Options(max_ratio=max_ratio, multiples={4: 16}))
-    assert space.widths == {"b": (32, 8, 4) if kept else (32, 8)}
+def test_layers_with_weights_in_blocks_get_whole_blocks(
+    channels: int, inputs: int, grid: list[int], widths: tuple[int, ...]
+) -> None:
+    space = make_space(fed(channels, inputs), {"b": (32, 8, 4)}, Options(multiples={4: 16}))
+    assert space.grids == {"a": grid}
+    assert space.widths == {"b": widths}
 
 
-def test_each_channel_may_give_several_inputs() -> None:
-    layers = (Layer("a", "Conv2d", 1, 1, "a"), Layer("b", "Linear", 1, 1, None, inputs=64 * 4))
-    analysis = Analysis((Group("a", 64, ("a",), ("b",)),), (), layers, 2, 2)
-    space = make_space(analysis, {"b": (32, 4)}, Options(multiples={4: 16}))
-    assert space.widths == {"b": (32, 4)}
+def test_a_layer_always_has_a_width() -> None:
+    space = make_space(fed(32, 32), {"b": (4,)}, Options(multiples={4: 16}))
+    assert space.widths == {"b": (32,)}
+    assert space.uniform(0.5).quantize.bits == {"b": 32}
