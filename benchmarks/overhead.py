@@ -104,7 +104,7 @@ def _row(name: str, values: list[float]) -> None:
 def _made_up(rng: random.Random, layers: list[str]) -> Record:
     latency = rng.uniform(1, 10)
     measurement = Measurement(rng.random(), latency, latency * 0.99, latency * 1.01, 10 / latency, 10**6, 10**6, 10**6)
-    clock = Latency(latency, latency * 0.99, latency * 1.01, latency, 10.0, 10 / latency, 1.0, 10.0, 100)
+    clock = Latency(latency, latency * 0.99, latency * 1.01, latency, 10.0, 10 / latency, 1.0, 10.0, 100, latency)
     return Record(measurement, latency, 10**6, dict.fromkeys(layers, 8), clock, {"train": 10.0})
 
 

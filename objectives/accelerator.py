@@ -144,3 +144,9 @@ def keepable(free: float, share: float, reserved: float) -> float:
         reserved: Bytes of them that it has taken already.
     """
     return _KEPT_SHARE * max(0.0, min(free, share - reserved))
+
+
+def release_memory() -> None:
+    """Give back what PyTorch's allocator keeps of GPUs but doesn't use: other processes wait for it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
+        torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ from paretune.objectives.runtimes import LoadOptions, Runtime, Session, Target, 
 from paretune.objectives.runtimes.base import Array
 from paretune.spaces.plan import CompressionPlan
 
-SCHEMA = 1
+SCHEMA = 2
 PLAN, WEIGHTS, PROBE, CARD = "plan.json", "weights.safetensors", "probe.safetensors", "card.json"
 _OUTPUT = "output"
 

@@ -119,7 +119,8 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
                 **usage,
             )
         measurement = Measurement(on, analysis.params, analysis.macs)
-        sessions = {name: site.load(work, best[name]) for name, site in problem.sites.items()}
+        with device.exclusive():
+            sessions = {name: site.load(work, best[name]) for name, site in problem.sites.items()}
         save_artifact(work, module, plan, sessions, problem, float_bits=best, validation=measurement)
         replace_folder(work, folder)
     return Baseline(folder)
@@ -150,37 +151,54 @@ def probe_widths(problem: Problem, analysis: Analysis, baseline: Baseline) -> di
     """The widths in which every target really runs each layer of the dense model, widest first.
 
     What the runtimes execute for a layer's kind is tried on this model, all layers at once, and read back. A layer that
-    a runtime doesn't report can't be seen to run in the width asked for, so it stays in floats. The float width is that
-    of the first target, and stands for each other target's own.
+    a runtime doesn't report can't be seen to run in the width asked for, so it stays in floats, and so does one that
+    the runtime refuses so. The float width is that of the first target, and stands for each other target's own.
     """
-    floats = baseline.float_bits
-    found: dict[str, tuple[int, ...]] = {layer.name: (floats[""],) for layer in analysis.layers}
-    example = problem.splits.validation.head(2)
+    found: dict[str, tuple[int, ...]] = {layer.name: (baseline.float_bits[""],) for layer in analysis.layers}
     capabilities = [site.capabilities for site in problem.sites.values()]
     dense = problem.model.build()
     for width in sorted(problem.schemes, reverse=True):
-        bits = {
-            layer.name: width
+        scheme = problem.schemes[width]
+        layers = [
+            layer.name
             for layer in analysis.layers
             if all(width in known.widths(layer.kind) for known in capabilities)
-            and fits(dense.get_submodule(layer.name), problem.schemes[width])
-            and (problem.schemes[width].block is None or layer.params >= _LARGE)
-        }
-        if not bits:
-            continue
-        plan = CompressionPlan(quantize=Quantization(bits=bits))
-        module = compress_numerics(problem.model.build(), plan, problem.context(list(example.batches(2))))
-        executed = set(bits)
-        with TemporaryDirectory(prefix="paretune-probe-") as made, problem.device().shared():
-            folder = Path(made)
-            for name, site in problem.sites.items():
-                if not (folder / site.model).is_file():
-                    site.runtime.deploy(module, problem.example, folder / site.model)
-                reports = site.load(folder, floats[name]).layers()
-                executed &= {layer for layer, report in reports.items() if report.bits == width}
-        for layer in executed:
-            found[layer] += (width,)
+            and fits(dense.get_submodule(layer.name), scheme)
+            and (scheme.block is None or layer.params >= _LARGE)
+        ]
+        for name in _executed(problem, baseline, layers, width):
+            found[name] += (width,)
     return found
+
+
+def _executed(problem: Problem, baseline: Baseline, layers: list[str], width: int) -> set[str]:
+    """Those of the layers that every target runs in that width; what makes it refuse the model is found by halving."""
+    if not layers:
+        return set()
+    try:
+        return _tried(problem, baseline, layers, width)
+    except JobError:
+        raise
+    except Exception:  # whatever a runtime raises for what it can't do: the layer isn't offered in that width
+        if len(layers) == 1:
+            return set()
+    middle = len(layers) // 2
+    return _executed(problem, baseline, layers[:middle], width) | _executed(problem, baseline, layers[middle:], width)
+
+
+def _tried(problem: Problem, baseline: Baseline, layers: list[str], width: int) -> set[str]:
+    example = problem.splits.validation.head(2)
+    plan = CompressionPlan(quantize=Quantization(bits=dict.fromkeys(layers, width)))
+    module = compress_numerics(problem.model.build(), plan, problem.context(list(example.batches(2))))
+    executed = set(layers)
+    with TemporaryDirectory(prefix="paretune-probe-") as made, problem.device().shared():
+        folder = Path(made)
+        for name, site in problem.sites.items():
+            if not (folder / site.model).is_file():
+                site.runtime.deploy(module, problem.example, folder / site.model)
+            reports = site.load(folder, baseline.float_bits[name]).layers()
+            executed &= {layer for layer, report in reports.items() if report.bits == width}
+    return executed
 
 
 def _compare(problem: Problem, dense: nn.Module, site: Site, folder: Path) -> None:

@@ -68,10 +68,10 @@ class Device:
         reading = self._reading
         if reading:
             self._leave()
-        for gate, lock in self._locks:
-            fcntl.flock(gate, fcntl.LOCK_EX)
-            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            for gate, lock in self._locks:
+                fcntl.flock(gate, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
             for gate, lock in self._locks:

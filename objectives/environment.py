@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, cores that this process may use, load, governor and turbo where readable, and GPUs."""
+    """Versions, processor, cores that this process may use, load, governor and turbo where readable; GPUs in use."""
     governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     boost = _read("/sys/devices/system/cpu/cpufreq/boost")
     return {
@@ -46,11 +46,11 @@ def environment() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """Every GPU that PyTorch sees, with what NVML says of it now; nothing where there is none."""
+    """Every GPU that PyTorch sees, with what NVML says of it now; nothing where this process uses none."""
     import torch
 
-    if not torch.cuda.is_available():
-        return {}
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        return {}  # a job for the CPU needs no context on a GPU
     found: dict[str, Any] = {"cuda": torch.version.cuda}
     for index in range(torch.cuda.device_count()):
         gpu = find_gpu(gpu_uuid(f"cuda:{index}"))

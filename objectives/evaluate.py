@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from paretune.errors import TrialError
-from paretune.objectives.accelerator import training_device
+from paretune.objectives.accelerator import release_memory, training_device
 from paretune.objectives.artifact import replace_folder, save_artifact
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.compress import compress_numerics, compress_structure, freeze_quantizers
@@ -147,6 +147,8 @@ class Evaluator:
         with TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as made, self._device.shared():
             work = Path(made) / "artifact"
             work.mkdir()
+            with self._tuning(*self._problem.sites.values()):
+                _ = self._layers  # loads the baselines, once
             epochs = self._problem.training.epochs if epochs is None else epochs
             trial = _Trial(plan, seed, epochs, self._float_bits(plan), work)
             model, params, macs = self._compress(trial)
@@ -230,8 +232,7 @@ class Evaluator:
             part = range(border, total)
             report = fit(module, training, config, batches, part, total, micro_batch=report.micro_batch)
             freeze_quantizers(module)
-            # What PyTorch keeps in reserve on a GPU, neither the runtime that measures nor another worker could use.
-            torch.cuda.empty_cache()
+            release_memory()  # the runtime that measures, and other workers, may need it
         return module, report
 
     def _deploy(self, trial: _Trial, module: nn.Module) -> dict[str, _Built]:
@@ -242,13 +243,16 @@ class Evaluator:
                 site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
             for name, site in self._problem.sites.items():
                 bits = trial.float_bits[name]
-                # Kernels that are timed beside another's training would be badly chosen.
-                tunes = site.runtime.compiles and is_cuda(site.target.device)
-                with self._device.exclusive() if tunes else nullcontext():
+                with self._tuning(site):
                     session = site.load(trial.folder, bits)
                 executed = check_executed(session.layers(), trial.plan.quantize.bits, bits, self._layers[name])
                 found[name] = _Built(session, executed)
         return found
+
+    def _tuning(self, *sites: Site) -> AbstractContextManager[None]:
+        """Alone on the devices while kernels are timed: beside another's training they would be badly chosen."""
+        tunes = any(site.runtime.compiles and is_cuda(site.target.device) for site in sites)
+        return self._device.exclusive() if tunes else nullcontext()
 
     def _score(self, trial: _Trial, site: Site) -> float:
         with trial.watch.phase("score"):

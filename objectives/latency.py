@@ -54,7 +54,7 @@ class Latency:
         speedup_low: Lower end of its interval; pairs are resampled together.
         speedup_high: Upper end.
         calls: Calls of each side.
-        p95_ms: 95th percentile: the candidate's slow calls; None in records of versions that didn't keep it.
+        p95_ms: 95th percentile: the candidate's slow calls.
         clock: What timed the calls: ``"wall"`` or ``"cuda events"``.
         discarded: Pairs thrown away because the GPU throttled or changed its clock meanwhile.
         throttled: Pairs that were kept all the same, after too many had been thrown away; None where the state of
@@ -70,7 +70,7 @@ class Latency:
     speedup_low: float
     speedup_high: float
     calls: int
-    p95_ms: float | None = None
+    p95_ms: float
     clock: str = WallClock.name
     discarded: int = 0
     throttled: int | None = None

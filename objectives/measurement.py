@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from paretune.errors import JobError
 from paretune.objectives.latency import Latency
 
 
@@ -23,7 +24,7 @@ class OnTarget:
         speedup: Baseline's median over this one's, measured call by call in turn.
         size_bytes: Of the deployed model file.
         throughput_per_s: Samples a second, calls back to back; measured on GPUs alone.
-        peak_memory_bytes: Of a call, on the GPU.
+        peak_memory_bytes: Of a call's intermediates, on the GPU; see `paretune.objectives.usage.Usage`.
         energy_mj: Millijoules a call, where the GPU counts them.
     """
 
@@ -141,7 +142,14 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """Undo `to_dict`."""
+        """Undo `to_dict`.
+
+        Raises:
+            JobError: An older version wrote it.
+        """
+        if "deployments" not in data:
+            remedy = "finish that run with the version that began it"
+            raise JobError("study", "must hold records of this version", "an older form", remedy)
         deployments = {
             name: Deployment(**values | {"clock": Latency(**values["clock"])})
             for name, values in data["deployments"].items()

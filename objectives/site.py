@@ -74,13 +74,14 @@ def check_executed(
         reports: What the runtime says.
         bits: What the plan asks for. A float width of a plan stands for the target's own float format.
         float_bits: The target's own.
-        layers: Names of the layers that must be found.
+        layers: Names of the layers that must be found, beside those that are to run in 8 bits or less.
 
     Raises:
         TrialError: A layer runs in another width than it was asked to.
     """
-    executed = {name: reports[name].bits for name in layers if name in reports}
-    for name in layers:
+    wanted = dict.fromkeys([*layers, *(name for name, width in bits.items() if width <= 8)])
+    executed = {name: reports[name].bits for name in wanted if name in reports}
+    for name in wanted:
         asked = bits.get(name, float_bits)
         asked = asked if asked <= 8 else float_bits
         if executed.get(name) != asked:

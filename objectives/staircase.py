@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretune.errors import TrialError
 from paretune.objectives.cache import recall, store
 from paretune.objectives.clocks import Call, Clock, clock_for
 from paretune.objectives.device import Device
@@ -263,7 +264,10 @@ class _Chains:
         options = LoadOptions(target.batch_size, target.threads, self._float_bits, device=target.device)
         with TemporaryDirectory(prefix="paretune-staircase-") as folder:
             path = Path(folder) / f"model{self._runtime.suffix}"
-            deploy_net(self._runtime, target.device, net, samples, dict.fromkeys(layers, self.width), path)
+            try:
+                deploy_net(self._runtime, target.device, net, samples, dict.fromkeys(layers, self.width), path)
+            except TrialError:  # e.g. blocks of 4-bit weights don't part so many inputs
+                return None
             session = self._runtime.load(path, options)
             arrays = named_arrays(samples[: target.batch_size])
             session.run(arrays)

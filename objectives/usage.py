@@ -25,10 +25,9 @@ class Usage:
     Attributes:
         throughput_per_s: Samples a second, calls back to back. On CUDA they are enqueued without waiting, so a batch
             that takes clearly longer here than the latency says is launched more slowly than the GPU computes.
-        peak_memory_bytes: The most that PyTorch's allocator had given out on the GPU during a call: weights, inputs
-            and intermediates, and whatever else this process keeps there. It doesn't see what other runtimes
-            allocate, nor the intermediates of a CUDA graph, which live in a pool that replaying doesn't touch. None on
-            a CPU.
+        peak_memory_bytes: The most that PyTorch's allocator gave out on the GPU during a call beyond what was given out
+            before it: intermediates and the output, not weights. None on a CPU, and where a call allocates nothing
+            there: other runtimes have allocators of their own, and a CUDA graph keeps its intermediates.
         energy_mj: Millijoules a call, of the whole GPU, its idle power included; None where it isn't readable.
     """
 
@@ -56,10 +55,12 @@ def measure_usage(call: Call, *, batch_size: int, device: str, seconds: float = 
 
     gpu = find_gpu(gpu_uuid(device))
     rate, energy = _run(call, seconds, synchronize, (lambda: None) if gpu is None else gpu.energy_mj)
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     synchronize()
-    return Usage(rate * batch_size, torch.cuda.max_memory_allocated(device), energy)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return Usage(rate * batch_size, peak or None, energy)
 
 
 def _run(

@@ -22,11 +22,19 @@ ROUND = Protocol(warmup_seconds=0.05, max_calls=100)
 
 @dataclass(frozen=True)
 class Verified:
-    """An artifact's measurements, by split; both share the latency of the joint rounds."""
+    """An artifact's measurements, by split; both share the latency of the joint rounds.
+
+    Attributes:
+        folder: The artifact.
+        validation: On the validation split.
+        test: On the test split.
+        throttled: Pairs of calls among them during which a GPU throttled all the time.
+    """
 
     folder: Path
     validation: Measurement
     test: Measurement
+    throttled: int = 0
 
 
 def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
@@ -45,27 +53,30 @@ def verify(problem: Problem, baseline: Path, folders: Sequence[Path], *, rounds:
     speedups: list[dict[str, _Speedup]] = [{} for _ in folders]
     for name, site in problem.sites.items():
         batch = problem.batch(site.target.batch_size)
-        reference = load_session(baseline, name).bind(batch)
-        calls = [load_session(folder, name).bind(batch) for folder in folders]
         measured: list[list[Latency]] = [[] for _ in folders]
-        with problem.device().exclusive():
+        with problem.device().exclusive():  # also for loading: it computes, and may time kernels
+            reference = load_session(baseline, name).bind(batch)
+            calls = [load_session(folder, name).bind(batch) for folder in folders]
             for _ in range(rounds):
                 for call, latencies in zip(calls, measured, strict=True):
                     latencies.append(measure_paired(call, reference, ROUND, site.clock))
         reference_ms = float(np.median([latency.baseline_ms for latencies in measured for latency in latencies]))
         for found, latencies in zip(speedups, measured, strict=True):
-            found[name] = _Speedup(reference_ms, *median_over_rounds([latency.speedup for latency in latencies]))
+            throttled = sum(latency.throttled or 0 for latency in latencies)
+            median, low, high = median_over_rounds([latency.speedup for latency in latencies])
+            found[name] = _Speedup(reference_ms, median, low, high, throttled)
     with problem.device().shared():
         return [_verified(problem, folder, found) for folder, found in zip(folders, speedups, strict=True)]
 
 
 class _Speedup(NamedTuple):
-    """Over the rounds on one target: the baseline's latency, the median speed-up, and its interval."""
+    """Over the rounds on one target: the baseline's latency, the median speed-up, its interval, throttled pairs."""
 
     reference_ms: float
     median: float
     low: float
     high: float
+    throttled: int
 
 
 def _verified(problem: Problem, folder: Path, speedups: Mapping[str, _Speedup]) -> Verified:
@@ -88,7 +99,8 @@ def _verified(problem: Problem, folder: Path, speedups: Mapping[str, _Speedup]) 
         found[split_name] = replace(known, on=on)
     metrics = {name: measurement.to_dict() for name, measurement in found.items()}
     write_card(folder, replace(card, metrics=metrics))
-    return Verified(folder, found["validation"], found["test"])
+    throttled = sum(speedup.throttled for speedup in speedups.values())
+    return Verified(folder, found["validation"], found["test"], throttled)
 
 
 def median_over_rounds(values: Sequence[float]) -> tuple[float, float, float]:

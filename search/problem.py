@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline, profile
-from paretune.objectives.compress.quantization import LEAST_BLOCK
+from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.data import load_splits
 from paretune.objectives.device import Device
 from paretune.objectives.evaluate import Evaluator
@@ -165,10 +166,19 @@ def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace
         temperature=(space.temperature[0],) * 2 if job.teacher is None else space.temperature,
         distillation_weight=weight,
         learning_rate=space.learning_rate,
-        multiples={4: LEAST_BLOCK},
+        multiples={width: scheme.least_block for width, scheme in _schemes(job).items() if scheme.block},
     )
     return make_space(analysis, layer_widths(job, analysis, float_bits), options)
 
 
 def _capabilities(job: Job) -> Capabilities:
-    return get_runtime(job.target.runtime, job.target.options).capabilities(job.target.device)
+    return _of_target(job.target)
+
+
+def _schemes(job: Job) -> Schemes:
+    """How quantized layers must be quantized to run on every target."""
+    return reduce(merge, (_of_target(target).schemes for target in (job.target, *job.targets[1:])))
+
+
+def _of_target(target: TargetSection) -> Capabilities:
+    return get_runtime(target.runtime, target.options).capabilities(target.device)

@@ -66,6 +66,7 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
         points = [
             _point(run, rows[order[i]], good[order[i]].folder)
             | {"validation": good[order[i]].validation.to_dict(), "test": good[order[i]].test.to_dict()}
+            | ({"throttled": good[order[i]].throttled} if good[order[i]].throttled else {})
             for i in front
         ]
     baseline = Baseline(run / BASELINE)

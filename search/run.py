@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, SearchError
+from paretune.objectives.accelerator import release_memory
 from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.device import Device
 from paretune.objectives.environment import environment
@@ -133,6 +134,7 @@ def _prepare(
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
     _check_measurable(job, baseline.measurement)
     analysis, _ = profile_target(job, problem, baseline, analysis, report=report)
+    release_memory()
     make_job_space(job, analysis, baseline.float_bits[""])  # so that a space that can't be made leaves no run
     _write_json(folder / "analysis.json", analysis.to_dict())
     for name, measured in baseline.measurement.on.items():

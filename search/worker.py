@@ -40,7 +40,10 @@ def main(descriptor: int) -> None:
             request = _receive(connection)
         except EOFError:
             return
-        connection.send(_serve(evaluator, request))
+        outcome = _serve(evaluator, request)
+        connection.send(outcome)
+        if outcome[1] and _gpu_is_broken():
+            return  # a new worker begins afresh
 
 
 def _receive(connection: Connection[Any, Any]) -> Any:
@@ -55,6 +58,17 @@ def _serve(evaluator: Evaluator, request: Any) -> tuple[Any, str, str]:
         return None, str(error), traceback.format_exc()
     except Exception as error:
         return None, f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def _gpu_is_broken() -> bool:
+    """Whether a failure left CUDA unusable in this process, as an illegal access or a broken capture does."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return bool(torch.cuda.current_stream() != torch.cuda.default_stream())
 
 
 def _end_with_parent(parent: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paretune.objectives.latency import Latency
 from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
 
-CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100)
+CLOCK = Latency(1.0, 0.9, 1.1, 0.95, 2.0, 2.0, 1.9, 2.1, 100, 1.2)
 
 
 def on_target(accuracy: float, latency: float, *, half_width: float = 0.05, size: int = 900) -> OnTarget:

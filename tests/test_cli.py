@@ -15,7 +15,8 @@ import paretune
 from paretune.cli import main
 from paretune.objectives.runtimes import RUNTIMES
 
-SMALL = ["-o", "space.channels=fixed", "-o", "search.trials=5", "-o", "search.workers=2", "-o", "finetune.epochs=0.5", "-o", "verify.rounds=1"]
+SMALL = ["-o", "space.channels=fixed", "-o", "search.trials=5", "-o", "search.workers=2"]
+SMALL += ["-o", "finetune.epochs=0.5", "-o", "verify.rounds=1"]
 
 
 def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -22,9 +22,6 @@ from paretune.spaces.graph import Forward
 _INTEGER = 8
 """Layers of this width or less are quantized; wider ones stay in floats."""
 
-LEAST_BLOCK = 16
-"""Where a scheme's blocks don't part a layer's inputs evenly, smaller ones down to this size are taken."""
-
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -221,8 +218,8 @@ def insert_quantizers(model: nn.Module, bits: dict[str, int], schemes: Schemes, 
         if not fits(layer, scheme):
             got = f"{layer.in_features}" if isinstance(layer, nn.Linear) else f"it is a {type(layer).__name__}"
             raise TrialError(
-                f"a layer with weights in blocks must be linear with a multiple of {LEAST_BLOCK} inputs, but got "
-                f"{name}: {got}; give it another width"
+                f"a layer with weights in blocks must be linear with a multiple of {scheme.least_block} inputs, but "
+                f"got {name}: {got}; give it another width"
             )
         replace_module(model, name, QuantizedLayer(layer, bits[name], scheme, ceiling=ceilings.get(name)))
 
@@ -239,7 +236,7 @@ def _ceiling(operation: Any) -> float | None:
 
 def fits(layer: nn.Module, scheme: Scheme) -> bool:
     """Whether a layer can be quantized so: blocks are for linear layers whose inputs they part evenly."""
-    return scheme.block is None or (isinstance(layer, nn.Linear) and layer.in_features % LEAST_BLOCK == 0)
+    return scheme.block is None or (isinstance(layer, nn.Linear) and layer.in_features % scheme.least_block == 0)
 
 
 def block_size(inputs: int, largest: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 
@@ -19,7 +19,9 @@ class Scheme:
         symmetric: Whether a static grid is int8 with zero in its middle; otherwise it is uint8 with a zero point.
             Dynamic grids are always symmetric.
         outputs: Kinds of layers (class names) whose output must be put on a static grid too.
-        block: Inputs that share a weight scale; None gives each output channel one.
+        block: Inputs that share a weight scale; None gives each output channel one. Where blocks of this size don't
+            part a layer's inputs evenly, it is halved, down to `least_block`.
+        least_block: What the inputs of a layer with weights in blocks must be a multiple of.
         number: ``int``, or ``fp8`` (e4m3) for 8-bit floating-point numbers.
     """
 
@@ -27,6 +29,7 @@ class Scheme:
     symmetric: bool = False
     outputs: tuple[str, ...] = ()
     block: int | None = None
+    least_block: int = 16
     number: Literal["int", "fp8"] = "int"
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +57,10 @@ def merge(first: Schemes, second: Schemes) -> dict[int, Scheme]:
     merged = {}
     for width in first.keys() & second.keys():
         one, other = first[width], second[width]
-        outputs = tuple(sorted({*one.outputs, *other.outputs}))
-        if one.to_dict() | {"outputs": []} == other.to_dict() | {"outputs": []}:
-            merged[width] = Scheme(one.activations, one.symmetric, outputs, one.block, one.number)
+        common: dict[str, Any] = {
+            "outputs": tuple(sorted({*one.outputs, *other.outputs})),
+            "least_block": max(one.least_block, other.least_block),
+        }
+        if replace(one, **common) == replace(other, **common):
+            merged[width] = replace(one, **common)
     return merged

@@ -119,6 +119,8 @@ def store_integer_biases(graph: GraphProto) -> None:
         if owner is None or owner.input[slot] not in values:
             continue
         scale = (values[source.input[1]] * values[weight.input[1]]).astype(np.float32)
+        if values[owner.input[slot]].shape != scale.shape:  # no bias, e.g. an embedding of positions
+            continue
         levels = np.rint(values[owner.input[slot]].astype(np.float64) / scale)
         if np.abs(levels).max(initial=0) > np.iinfo(np.int32).max:
             continue

@@ -141,7 +141,7 @@ def _affinities(threads: int, cores: Iterable[int]) -> str:
 
 def _fixed_batch(error: Exception) -> TrialError:
     return TrialError(
-        f"an artifact must accept any batch size, but this one doesn't run ({str(error).strip().splitlines()[-1]}); "
+        f"an artifact must accept any batch size, but ONNX Runtime says: {str(error).strip().splitlines()[-1]}; "
         "don't fix the batch size in forward"
     )
 

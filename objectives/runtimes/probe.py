@@ -45,6 +45,9 @@ _FEATURES = (
 """Features of x86 and ARM processors (/proc/cpuinfo) that decide which kernels there are."""
 
 
+_UNREPORTED = "the runtime doesn't report it"
+
+
 @dataclass(frozen=True)
 class ProbedLayer:
     """One layer of the probe, asked for in one width.
@@ -97,6 +100,11 @@ class Probe:
     def failures(self) -> tuple[ProbedLayer, ...]:
         """What didn't run as asked."""
         return tuple(layer for layer in self.layers if layer.executed != layer.asked)
+
+    @property
+    def raised(self) -> bool:
+        """Whether anything wasn't run at all."""
+        return any(layer.executed is None and layer.reason != _UNREPORTED for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -232,7 +240,8 @@ def probe(name: str, device: str, *, fresh: bool = False) -> Probe:
     found = None if fresh else recall("probe", key, Probe.from_dict)
     if found is None:
         found = run_probe(runtime, name, device)
-        store("probe", key, found.to_dict())
+        if not found.raised:  # a missing compiler or a full memory won't last
+            store("probe", key, found.to_dict())
     return found
 
 
@@ -284,7 +293,7 @@ def _try_chain(runtime: Runtime, device: str, chain: _Chain, width: int) -> list
 
 def _reason(asked: int, executed: int | None) -> str:
     if executed is None:
-        return "the runtime doesn't report it"
+        return _UNREPORTED
     return "" if executed == asked else f"it ran in {executed} bits"
 
 

@@ -27,6 +27,7 @@ from paretune.objectives.runtimes.base import (
     Session,
     choose,
 )
+from paretune.objectives.runtimes.cuda_graph import CapturedCall
 from paretune.objectives.runtimes.onnx_export import export_onnx
 from paretune.objectives.runtimes.onnx_graph import layer_names
 from paretune.objectives.runtimes.onnx_half import to_half
@@ -48,8 +49,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 """Names of TensorRT's types."""
-
-_WARMUPS = 3
 
 
 class TensorRT(Runtime):
@@ -184,14 +183,8 @@ class _Session(Session):
 
     def _call(self, buffers: Mapping[str, Tensor]) -> Callable[[], None]:
         """A function that runs the engine on these buffers."""
-        enqueue = _Enqueue(self._context, self._device, buffers)
-        if self.settings["cuda_graph"]:
-            try:
-                return _Captured(enqueue).replay
-            except RuntimeError as error:  # the engine waits for the GPU within a call, e.g. for the length of a loop
-                reason = str(error).strip().partition("\n")[0][:200]
-                self.settings = {**self.settings, "cuda_graph": False, "cuda_graph_error": reason}
-        return enqueue.aside
+        enqueue = _Enqueue(self._context, self._device, buffers, self._output)
+        return CapturedCall(enqueue, self._device).replay if self.settings["cuda_graph"] else enqueue.aside
 
 
 def _check_batch(shape: tuple[int, ...], batch_size: int) -> None:
@@ -223,18 +216,20 @@ def _profiler(times: dict[str, float]) -> Any:
 class _Enqueue:
     """Runs an engine on one set of buffers."""
 
-    def __init__(self, context: Any, device: torch.device, buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, context: Any, device: torch.device, buffers: Mapping[str, Tensor], output: str) -> None:
         self._context = context
         self._device = device
         self._buffers = buffers  # the engine has their addresses, and doesn't keep them
+        self._output = buffers[output]
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
 
-    def __call__(self) -> None:
-        """Enqueue a call on the current stream."""
+    def __call__(self) -> Tensor:
+        """Enqueue a call on the current stream; returns where its output will be."""
         for name, tensor in self._buffers.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError("TensorRT refused to run the engine")
+        return self._output
 
     def aside(self) -> None:
         """Enqueue a call on a stream of its own, between what is and what will be on the current one.
@@ -246,20 +241,3 @@ class _Enqueue:
         with torch.cuda.stream(self._stream):
             self()
         current.wait_stream(self._stream)
-
-
-class _Captured:
-    """A call as a CUDA graph."""
-
-    def __init__(self, enqueue: _Enqueue) -> None:
-        self._enqueue = enqueue  # the graph reads and writes its buffers
-        for _ in range(_WARMUPS):  # what TensorRT does in a first call can't be captured
-            enqueue.aside()
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process (data loading) may go on using CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            enqueue()
-
-    def replay(self) -> None:
-        self._graph.replay()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from paretune.errors import JobError, TrialError
 from paretune.objectives.compress.batchnorm import replace_module
-from paretune.objectives.compress.quantization import QuantizedLayer
+from paretune.objectives.compress.quantization import QuantizedLayer, block_size
 from paretune.objectives.data.inputs import Inputs, attention_in_parts, map_tensors, tensors
 from paretune.objectives.runtimes.onnx_export import input_names
 
@@ -366,7 +366,8 @@ def _take_quantized(module: nn.Module) -> tuple[dict[str, Numerics], dict[str, T
             stored[f"{name}.weight"] = levels.round().to(torch.int8)
         if layer.bias is not None:
             stored[f"{name}.bias"] = layer.bias.detach().clone()
-        layers[name] = Numerics(4 if scheme.block else 8, scheme.number, scheme.block)
+        block = block_size(layer.in_features, scheme.block) if scheme.block else None
+        layers[name] = Numerics(4 if scheme.block else 8, scheme.number, block)
         replace_module(module, name, layer)
     return layers, stored
 

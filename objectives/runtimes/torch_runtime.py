@@ -27,6 +27,7 @@ from paretune.objectives.runtimes.base import (
     Session,
     choose,
 )
+from paretune.objectives.runtimes.cuda_graph import CapturedCall
 from paretune.objectives.runtimes.torch_graph import Watched, confirmed, executed_products, lower
 from paretune.objectives.runtimes.torch_program import Input, read_program, write_program
 
@@ -162,7 +163,7 @@ def _integer_bits(device: torch.device) -> tuple[int, ...]:
 def linear_schemes(eight: str) -> Schemes:
     """How linear layers must be quantized for PyTorch's kernels: 8 bits on both sides, or int4 weights alone."""
     number = Scheme(activations="dynamic", symmetric=True, number="fp8" if eight == "fp8" else "int")
-    return {8: number, 4: Scheme(activations="float", symmetric=True, block=_BLOCK)}
+    return {8: number, 4: Scheme(activations="float", symmetric=True, block=_BLOCK, least_block=_BLOCK)}
 
 
 class _Place:
@@ -258,14 +259,10 @@ class _CudaSession(_TorchSession):
     ) -> None:
         super().__init__(place, layers, settings)
         self._function = function
-        self._own: tuple[list[Tensor], _Captured] | None = None
+        self._own: tuple[list[Tensor], CapturedCall] | None = None
         if examples is not None:
-            try:
-                with place.ready():
-                    self._own = examples, _Captured(function, examples)
-                settings["mode"] = f"{settings['mode']}, cuda graph"
-            except RuntimeError as error:  # an operation that waits for the GPU, or computes on the CPU
-                settings["cuda_graph"] = str(error).strip().partition("\n")[0][:200]
+            self._own = examples, self._captured(examples)
+            settings["mode"] = f"{settings['mode']}, cuda graph"
 
     def run(self, inputs: Arrays) -> Array:
         tensors = self._place.tensors(inputs)
@@ -283,8 +280,7 @@ class _CudaSession(_TorchSession):
         tensors = self._place.tensors(inputs)
         if self._own is not None:
             # A capture reads from fixed addresses: each bound call has its own inputs, and so a capture of its own.
-            with ready():
-                return _Captured(function, tensors).replay
+            return self._captured(tensors).replay
 
         def call() -> None:
             with ready():
@@ -292,29 +288,9 @@ class _CudaSession(_TorchSession):
 
         return call
 
-
-class _Captured:
-    """A call on these tensors as a CUDA graph; what it returns is overwritten by the next replay."""
-
-    output: Tensor
-
-    def __init__(self, function: Function, tensors: Sequence[Tensor], warmups: int = 3) -> None:
-        self._tensors = tensors  # the graph reads them, and doesn't keep them
-        # Libraries set themselves up in the first calls, which can't be captured; on a stream of its own, as a
-        # capture demands.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warmups):
-                function(*tensors)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process (data loading) may go on using CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self.output = function(*tensors)
-
-    def replay(self) -> None:
-        self._graph.replay()
+    def _captured(self, tensors: list[Tensor]) -> CapturedCall:
+        with self._place.ready():
+            return CapturedCall(lambda: self._function(*tensors), self._place.device)
 
 
 class _Profile(Session):

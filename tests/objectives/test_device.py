@@ -18,6 +18,7 @@ from paretune.objectives.device import Device, foreign_processes, gpu_uuid, is_c
 from paretune.objectives.nvml import GpuProcess, GpuState
 
 PATIENCE = 30.0
+SHORT = 0.5
 MOMENT = 0.3
 """Long enough for a process to say that it got a lock that is free."""
 
@@ -25,7 +26,7 @@ SCRIPT = """
 import sys
 from paretune.objectives.device import Device
 
-device = Device(sys.argv[1])
+device = Device(*sys.argv[1].split("+"))
 print("ready", flush=True)
 for line in sys.stdin:
     command = line.strip()
@@ -293,3 +294,30 @@ def test_foreign_processes() -> None:
     assert foreign_processes(state, [1, 3]) == (theirs,)
     assert foreign_processes(state, [1, 2]) == ()
     assert foreign_processes(GpuState(processes=None), [1]) is None
+
+
+def test_several_devices_are_locked_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    both, one = Process("red+blue", script), Process("blue", script)
+    try:
+        one.say("shared")
+        assert one.next() == "got"
+        both.say("exclusive")
+        assert both.next(SHORT) is None, "a reader of one of them is in the way"
+        one.say("step")
+        assert both.next() == "got"
+        assert one.next(SHORT) is None, "it waits until the measurement is over"
+        both.say("release")
+        assert both.next() == "released"
+        assert one.next() == "stepped"
+        both.say("shared")
+        assert both.next() == "got", "readers don't exclude each other"
+    finally:
+        both.kill()
+        one.kill()
+
+
+def test_equal_devices_named_twice_are_one(tmp_path: Path) -> None:
+    with Device("red", "RED").exclusive():
+        pass

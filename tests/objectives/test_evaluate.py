@@ -20,12 +20,14 @@ from paretune.errors import JobError, ParetuneError, TrialError
 from paretune.objectives import artifact
 from paretune.objectives.artifact import CARD, PLAN, PROBE, WEIGHTS, Card, load_module, probe_difference
 from paretune.objectives.baseline import Baseline, make_baseline, probe_widths, profile, profile_layers
+from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.data import call
 from paretune.objectives.evaluate import Evaluator, Stopwatch
 from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, Target, get_runtime
+from paretune.objectives.runtimes.openvino import OpenVINO
 from paretune.objectives.scoring import artifact_outputs
 from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
 
@@ -220,9 +222,9 @@ def test_folders_without_a_card_are_no_artifacts(tmp_path: Path) -> None:
 
 def test_cards_of_other_schemas_are_refused(small: Trial, tmp_path: Path) -> None:
     data = json.loads((small.folder / CARD).read_text())
-    assert data["schema"] == 1
-    (tmp_path / CARD).write_text(json.dumps(data | {"schema": 2}))
-    with pytest.raises(JobError, match="must have schema 1"):
+    assert data["schema"] == 2
+    (tmp_path / CARD).write_text(json.dumps(data | {"schema": 1}))
+    with pytest.raises(JobError, match="must have schema 2"):
         Card.read(tmp_path)
 
 
@@ -357,3 +359,18 @@ def test_layers_get_the_widths_that_every_target_runs(two_targets: Problem, two_
         assert probed[layer.name][0] == 32
         assert all(set(probed[layer.name][1:]) <= set(known.widths(layer.kind)) for known in capabilities)
     assert probed["conv2"] == (32, 8)
+
+
+def test_what_a_runtime_refuses_in_a_width_stays_in_floats(
+    problem: Problem, baseline: Baseline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy = OpenVINO.deploy
+
+    def picky(self: OpenVINO, module: torch.nn.Module, inputs: Any, path: Path) -> None:
+        if isinstance(module.get_submodule("conv2"), QuantizedLayer):
+            raise RuntimeError("no conv2 of mine")
+        deploy(self, module, inputs, path)
+
+    monkeypatch.setattr(OpenVINO, "deploy", picky)
+    probed = probe_widths(problem, problem.analyse(), baseline)
+    assert probed == {"conv1": (32, 8), "conv2": (32,), "fc1": (32, 8), "fc2": (32, 8)}

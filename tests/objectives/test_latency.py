@@ -137,22 +137,6 @@ def test_errors_of_a_side_are_raised() -> None:
         measure_paired(broken, lambda: None, NO_WARMUP)
 
 
-def test_records_of_older_versions_can_still_be_read() -> None:
-    old = {
-        "median_ms": 1.0,
-        "low_ms": 0.9,
-        "high_ms": 1.1,
-        "p5_ms": 0.95,
-        "baseline_ms": 2.0,
-        "speedup": 2.0,
-        "speedup_low": 1.9,
-        "speedup_high": 2.1,
-        "calls": 100,
-    }
-    latency = Latency(**old)
-    assert (latency.p95_ms, latency.clock, latency.discarded, latency.throttled) == (None, "wall", 0, None)
-
-
 def test_the_wall_clock_is_the_default() -> None:
     latency = Calls().measure(NO_WARMUP)
     assert (latency.clock, latency.discarded, latency.throttled) == ("wall", 0, None)

@@ -14,7 +14,7 @@ from paretune.objectives.clocks import Array, Clock, WallClock
 from paretune.objectives.device import Device
 from paretune.objectives.nvml import ClockState
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import Capabilities, Target
+from paretune.objectives.runtimes import Capabilities, Target, get_runtime
 from paretune.objectives.runtimes.openvino import OpenVINO
 from paretune.objectives.staircase import (
     Staircase,
@@ -184,3 +184,8 @@ def test_those_of_a_model_are_kept(problem: Problem, tmp_path: Path, monkeypatch
 def test_a_clock_reads_what_the_target_needs() -> None:
     found = take_turns({8: lambda: sum(range(1000))}, Device("cpu"), WallClock())
     assert 0 < found[8] < 100
+
+
+def test_counts_that_cant_be_quantized_so_are_left_out() -> None:
+    found = measure_staircase(get_runtime("openvino"), Target("openvino"), "Linear", (32, 4), (24, 32))
+    assert {(step.width, step.count) for step in found.steps} == {(32, 24), (32, 32), (4, 32)}

@@ -436,9 +436,7 @@ def test_several_targets_from_one_training(tiny: TinyJob, tmp_path: Path) -> Non
     assert snapshot(folder).keys() == before.keys()
 
 
-def test_measured_channel_counts_make_the_space(
-    tiny: TinyJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured_channel_counts_make_the_space(tiny: TinyJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lines: list[str] = []
     folder = run(tiny.keys(tmp_path, space={"channels": "probe"}, search={"trials": 2}), report=lines.append)

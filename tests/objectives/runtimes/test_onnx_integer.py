@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paretune.objectives.compress.schemes import Scheme
 from paretune.objectives.data import Inputs
+from paretune.objectives.runtimes import LoadOptions
 from paretune.objectives.runtimes.onnx_export import export_onnx, named_arrays
 from paretune.objectives.runtimes.onnx_integer import (
     drop_idle_rectifiers,
@@ -25,6 +26,7 @@ from paretune.objectives.runtimes.onnx_integer import (
     store_integer_biases,
     use_integer_kernels,
 )
+from paretune.objectives.runtimes.onnxruntime import OnnxRuntime
 from tests import nets
 from tests.objectives.runtimes.contract import Blocks, blocks, prepared
 
@@ -180,3 +182,28 @@ def test_rectifiers_after_products_are_spelled_out(tmp_path: Path) -> None:
         "Relu": 1,
     }
     np.testing.assert_array_equal(run(model, nets.vector() * 20), before)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 16), (5, 16), (16,)], ids=["batch", "tokens", "a bias after all"])
+def test_what_is_added_to_a_product_need_not_be_a_bias(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A vision transformer adds an embedding of positions to its first product."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 16, bias=False)
+            self.position = nn.Parameter(torch.randn(shape))
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((self.first(x) + self.position).relu().mean(1))
+
+    inputs = torch.randn(4, 5, 8)
+    runtime = OnnxRuntime()
+    module = prepared(Positions, inputs, 8, runtime.capabilities("cpu").schemes)
+    runtime.deploy(module, inputs, tmp_path / "model.onnx")
+    session = runtime.load(tmp_path / "model.onnx", LoadOptions(4))
+    with torch.no_grad():
+        expected = module(inputs).numpy()
+    assert np.abs(session.run({"input": inputs.numpy()}) - expected).max() <= 0.02 * np.ptp(expected)
+    assert session.layers()["first"].bits == 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paretune.objectives.compress.quantization import QuantizedLayer
+from paretune.objectives.compress.quantization import QuantizedLayer, fits
 from paretune.objectives.runtimes.torch_graph import Watched
 from paretune.objectives.runtimes.torch_layers import quantized_linear
 from paretune.objectives.runtimes.torch_program import Numerics, _take_quantized
@@ -90,3 +90,10 @@ def test_shapes_that_cuda_kernels_dont_take_are_padded() -> None:
         padded = type(kernel)(stored["0.weight"], stored["0.scale"], stored["0.bias"], torch.device("cuda"))
         assert padded.weight.shape == (8, 16)
         torch.testing.assert_close(padded(x), expected)
+
+
+def test_schemes_know_the_smallest_block_of_the_kernels() -> None:
+    scheme = linear_schemes("int8")[4]
+    assert scheme.block == scheme.least_block == 32
+    assert not fits(nn.Linear(48, 8), scheme), "the kernels know no blocks of 16"
+    assert fits(nn.Linear(96, 8), scheme)
