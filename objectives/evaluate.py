@@ -147,25 +147,17 @@ class Evaluator:
         with TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as made, self._device.shared():
             work = Path(made) / "artifact"
             work.mkdir()
-            with self._tuning(*self._problem.sites.values()):
-                _ = self._layers  # loads the baselines, once
+            self._load_baselines()
             epochs = self._problem.training.epochs if epochs is None else epochs
             trial = _Trial(plan, seed, epochs, self._float_bits(plan), work)
             model, params, macs = self._compress(trial)
             early = self._measure_early(trial, model)
             module, training = self._finetune(trial, model)
             built = self._deploy(trial, module)
-            on: dict[str, OnTarget] = {}
-            deployments: dict[str, Deployment] = {}
-            for name, site in self._problem.sites.items():
-                accuracy = self._score(trial, site)
-                latency, noisy, usage = self._measure(trial, site, built[name].session)
-                size = (work / site.model).stat().st_size
-                on[name] = OnTarget(accuracy, *self._by_speedup(name, latency), size, **usage)
-                first, early_size = early[name]
-                early_ms = self._expected(name) / first.speedup
-                deployments[name] = Deployment(early_ms, early_size, built[name].executed, latency, noisy)
-            measurement = Measurement(on, params, macs)
+            found = {
+                name: self._on(trial, site, built[name], early[name]) for name, site in self._problem.sites.items()
+            }
+            measurement = Measurement({name: on for name, (on, _) in found.items()}, params, macs)
             if not measurement.is_finite():
                 raise TrialError(f"all measured values must be finite, but got {measurement}; check task and model")
             with trial.watch.phase("save"):
@@ -179,6 +171,7 @@ class Evaluator:
                     validation=measurement,
                 )
                 replace_folder(work, folder)
+        deployments = {name: deployment for name, (_, deployment) in found.items()}
         return Record(measurement, deployments, trial.watch.seconds, asdict(training))
 
     def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
@@ -253,6 +246,23 @@ class Evaluator:
         """Alone on the devices while kernels are timed: beside another's training they would be badly chosen."""
         tunes = any(site.runtime.compiles and is_cuda(site.target.device) for site in sites)
         return self._device.exclusive() if tunes else nullcontext()
+
+    def _load_baselines(self) -> None:
+        """Load the baseline for every target, once."""
+        if "_layers" not in vars(self):
+            with self._tuning(*self._problem.sites.values()):
+                _ = self._layers
+
+    def _on(self, trial: _Trial, site: Site, built: _Built, early: tuple[Latency, int]) -> tuple[OnTarget, Deployment]:
+        """What the artifact is worth on a target, and how that was found out."""
+        accuracy = self._score(trial, site)
+        latency, noisy, usage = self._measure(trial, site, built.session)
+        size = (trial.folder / site.model).stat().st_size
+        first, early_size = early
+        return (
+            OnTarget(accuracy, *self._by_speedup(site.name, latency), size, **usage),
+            Deployment(self._expected(site.name) / first.speedup, early_size, built.executed, latency, noisy),
+        )
 
     def _score(self, trial: _Trial, site: Site) -> float:
         with trial.watch.phase("score"):
