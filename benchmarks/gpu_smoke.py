@@ -148,8 +148,7 @@ def widths(runtime: str, net: str, device: str) -> list[Row]:
             result = (
                 f"{speeds[-1].median_ms:.3f} ms ({speeds[-1].clock}), {ratios[REPEATS // 2]:.2f}x the first row "
                 f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], mean error {error:.1e} of the range, "
-                f"built in {seconds:.1f} s{usage}"
-                + (f"; not executed as asked: {', '.join(wrong)}" if wrong else "")
+                f"built in {seconds:.1f} s{usage}" + (f"; not executed as asked: {', '.join(wrong)}" if wrong else "")
             )
             rows.append(Row("runtime", f"{runtime}, {net}, {bits} bits", result, not wrong and error <= 0.02))
     return rows
