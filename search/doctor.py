@@ -35,6 +35,7 @@ class Finding:
         versions: Package to version.
         probe: What it executes; None where it doesn't work.
         reason: Why it doesn't, else empty.
+        options: That a target may set.
     """
 
     runtime: str
@@ -42,6 +43,7 @@ class Finding:
     versions: Mapping[str, str]
     probe: Probe | None
     reason: str = ""
+    options: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the executed widths by kind summed up."""
@@ -51,6 +53,7 @@ class Finding:
             "device": self.device,
             "works": self.probe is not None,
             "reason": self.reason,
+            "options": self.options,
             "versions": dict(self.versions),
             "float_bits": self.probe.float_bits if self.probe else (),
             "executed": executed,
@@ -111,7 +114,7 @@ def examine(name: str, device: str, *, fresh: bool = False) -> Finding:
         runtime = get_runtime(name)
         runtime.capabilities(device)  # says in words what isn't there
         versions = {package: version(package) for package in runtime.packages}
-        return Finding(name, device, versions, probe(name, device, fresh=fresh))
+        return Finding(name, device, versions, probe(name, device, fresh=fresh), options=option_names(name))
     except JobError as error:
         reason = f"{error.where} {error.rule}, but got {error.got}; {error.remedy}"
         return Finding(name, device, versions, None, reason)
@@ -184,8 +187,8 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     for finding in diagnosis.findings:
         for line in _failures(finding.probe) if finding.probe else ():
             console.print(f"{finding.runtime} on {finding.device}: {line}", markup=False)
-    for runtime in dict.fromkeys(finding.runtime for finding in diagnosis.findings if finding.probe):
-        if options := option_names(runtime):
+    for runtime, options in {finding.runtime: finding.options for finding in diagnosis.findings}.items():
+        if options:
             console.print(f"options of {runtime}: {', '.join(options)}", markup=False)
     for name, value in diagnosis.machine.items():
         if name != "gpus":

@@ -23,6 +23,7 @@ from pydantic import (
 from paretune.errors import JobError
 from paretune.search.job_errors import RuleError, as_job_error, short
 from paretune.search.job_types import (
+    ON_GPUS,
     TASK_NAMES,
     Arguments,
     AutoBool,
@@ -368,8 +369,8 @@ class Job(Section):
             raise RuleError("must be true for the first target", "false", remedy, key="targets[0].objective")
         bounds = [constraint.name for constraint in self.constraints]
         for key, name in [
-            *(("objectives", name) for name in self.objectives),
-            *(("constraints", name) for name in bounds),
+            *((f"objectives[{i}]", name) for i, name in enumerate(self.objectives)),
+            *((f"constraints[{i}]", name) for i, name in enumerate(bounds)),
         ]:
             metric, at, target = name.partition("@")
             if at and target not in self.other_targets:
@@ -378,6 +379,8 @@ class Job(Section):
                 raise RuleError("must name a further target after @", short(name), remedy, key=key)
             if at and metric in ("params", "macs"):
                 raise RuleError("must not name a target", short(name), f"write {metric}", key=key)
+            if metric in ON_GPUS and (self.other_targets[target] if at else self.target).device == "cpu":
+                raise RuleError("must be something that its target tells", short(name), "a GPU does", key=key)
         if len(self.all_objectives) > 4:
             remedy = "set objective: false for some targets"
             raise RuleError("must be at most four in all", short(self.all_objectives), remedy, key="objectives")

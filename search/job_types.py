@@ -38,6 +38,9 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 """What is measured, and which way is better; on another target than the first, ``latency_ms@NAME``."""
 
+ON_GPUS = ("throughput_per_s", "peak_memory_bytes", "energy_mj")
+"""What is measured on GPUs alone."""
+
 _CONSTRAINT = re.compile(
     r"\s*([A-Za-z_]+(?:@[A-Za-z0-9._-]+)?)\s*(>=|<=)\s*([-+]?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)\s*"
 )

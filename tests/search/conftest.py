@@ -114,7 +114,7 @@ def measured(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     problem = load_problem(job)
     analysis = problem.analyse()
     folder.mkdir()
-    analysis = profile_target(job, problem, make_baseline(problem, analysis, folder / BASELINE), analysis)
+    analysis, _ = profile_target(job, problem, make_baseline(problem, analysis, folder / BASELINE), analysis)
     (folder / "analysis.json").write_text(json.dumps(analysis.to_dict()))
     (folder / "job.yaml").write_text(job.to_yaml())
     return folder

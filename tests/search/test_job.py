@@ -236,7 +236,7 @@ TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 
         pytest.param("targets: [{objective: false}]", r"must be true for the first target", id="first target"),
         pytest.param(
             TWO + "objectives: [accuracy, latency_ms@small]",
-            r"objectives must name a further target after @.*the job has big",
+            r"objectives\[1\] must name a further target after @.*the job has big",
             id="unknown target",
         ),
         pytest.param("constraints: ['latency_ms@big <= 3']", r"the job has none", id="bound on no target"),
