@@ -21,7 +21,8 @@ from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
 from paretune.objectives.staircase import Staircase, staircases, useful_counts
 from paretune.objectives.tasks import load_task
-from paretune.search.job import Job, ModelSection, TargetSection
+from paretune.search.job import Job
+from paretune.search.job_sections import ModelSection, TargetSection
 from paretune.spaces.analysis import EXCLUDED, Analysis
 from paretune.spaces.space import Options, SearchSpace, make_space
 

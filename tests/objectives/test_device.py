@@ -319,5 +319,8 @@ def test_several_devices_are_locked_as_one(tmp_path: Path) -> None:
 
 
 def test_equal_devices_named_twice_are_one(tmp_path: Path) -> None:
-    with Device("red", "RED").exclusive():
-        pass
+    device = Device("red", "RED")
+    with device.exclusive():
+        pass  # locking the same file twice would never return
+    with device.shared():
+        assert device._reading

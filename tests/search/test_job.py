@@ -16,7 +16,8 @@ from paretune.objectives.data import Splits, load_splits
 from paretune.objectives.data.builtin import BUILTIN
 from paretune.objectives.models import ModelSource
 from paretune.objectives.tasks import TASKS, Classification
-from paretune.search.job import Job, ModelSection, load_job, make_job
+from paretune.search.job import Job, load_job, make_job
+from paretune.search.job_sections import ModelSection
 from paretune.search.job_types import DATA_NAMES, TASK_NAMES
 
 MINIMAL = "name: small\nmodel: {factory: 'project:build'}\ndata: digits\n"
