@@ -101,8 +101,7 @@ def diagnose(*, fresh: bool = False, report: Callable[[str], None] = lambda line
     found = []
     for name in RUNTIMES:
         for device in devices:
-            known = "; what it compiled is remembered" if name in ("torch-compile", "tensorrt") else ""
-            report(f"trying {name} on {device}{known}")
+            report(f"trying {name} on {device}")
             found.append(examine(name, device, fresh=fresh))
     return Diagnosis(machine, tuple(found), tuple(concerns(machine)))
 
