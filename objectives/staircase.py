@@ -308,7 +308,7 @@ def _largest_groups(analysis: Analysis) -> dict[str, int]:
     kinds = {layer.name: layer.kind for layer in analysis.layers}
     found: dict[str, int] = {}
     for group in analysis.groups:
-        kind = kinds[group.layers[0]]
-        if kind in _SAMPLES:
+        kind = kinds.get(group.layers[0], "")
+        if group.unit == 1 and kind in _SAMPLES:  # what goes in units has no choice of counts
             found[kind] = max(found.get(kind, 0), group.channels)
     return found

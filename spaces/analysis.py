@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paretune.spaces.graph import PRUNABLE, DependencyGraph, Forward, Group, execution_order, prune
 from paretune.spaces.grid import channel_grid
+from paretune.spaces.multihead import is_close
 
 EXCLUDED = "the job excludes it (space.exclude)"
 
@@ -81,7 +83,7 @@ class Analysis:
         by_name = {layer.name: layer for layer in self.layers}
         groups = []
         for group in self.groups:
-            members = [by_name[name] for name in group.layers]
+            members = [by_name[name] for name in group.layers if name in by_name]  # PyTorch's attention isn't a layer
             groups.append(
                 asdict(group)
                 | {
@@ -119,14 +121,15 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
     model = copy.deepcopy(model).eval()
     order = execution_order(model, forward)
     groups, frozen = [], []
-    found, untraceable = _groups(model, forward)
+    candidate = copy.deepcopy(model)  # finding its groups may rewrite its attentions
+    found, untraceable = _groups(candidate, forward)
     frozen += [Frozen(name, untraceable) for name in order if untraceable]
     for group in found:
-        if reason := _static_reason(model, group, exclude):
+        if reason := _static_reason(candidate, group, exclude):
             frozen += [Frozen(layer, reason) for layer in group.layers]
         else:
             groups.append(group)
-    survivors, broken = _trial_prune(model, forward, groups)
+    survivors, broken = _trial_prune(candidate, forward, groups)
     frozen += [Frozen(layer, reason) for group, reason in broken for layer in group.layers]
     seen = {layer for group in survivors for layer in group.layers} | {entry.layer for entry in frozen}
     frozen += [Frozen(name, "it isn't reached by the dependency graph") for name in order if name not in seen]
@@ -148,20 +151,24 @@ def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> st
     for name in group.layers:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             return EXCLUDED
-    for name in (*group.layers, *group.consumers):
-        module = model.get_submodule(name)
-        groups = getattr(module, "groups", 1)
-        # Its parts would all have to lose the same number of channels; depthwise ones do so by themselves.
-        if groups > 1 and groups != module.in_channels:
-            return f"{name} is a grouped convolution (groups={groups})"
     if group.uncut:
-        name = group.uncut[0]
-        return f"its channels pass {name}, whose kind ({type(model.get_submodule(name)).__name__}) can't be cut"
+        return _why_uncut(model, group.uncut[0])
     if not group.consumers:
         return "it is the output layer"
-    if len(channel_grid(group.channels)) < 2:
+    if len(channel_grid(group.channels, unit=group.unit)) < 2:
         return f"it is too narrow ({group.channels} channels, less than two steps of the grid)"
     return None
+
+
+def _why_uncut(model: nn.Module, name: str) -> str:
+    module: Any = model.get_submodule(name)
+    if isinstance(module, nn.GroupNorm):
+        return f"{name} normalises in groups (num_groups={module.num_groups}) that don't line up with its channels"
+    if getattr(module, "groups", 1) > 1:
+        return f"{name} is a grouped convolution (groups={module.groups}) that can't lose whole groups"
+    if isinstance(module, PRUNABLE):
+        return f"its heads, which {name} reads, can't be removed: without some, the others compute something else"
+    return f"its channels pass {name}, whose kind ({type(module).__name__}) can't be cut"
 
 
 def _trial_prune(
@@ -173,7 +180,7 @@ def _trial_prune(
     """
     if not groups:
         return [], []
-    reason = why_broken(model, forward, {group.name: channel_grid(group.channels)[0] for group in groups})
+    reason = why_broken(model, forward, _smallest(groups))
     if reason is None:
         return list(groups), []
     if len(groups) == 1:
@@ -186,6 +193,10 @@ def _trial_prune(
         return survivors, left_broken + right_broken + clashing
     # Both halves work and the whole doesn't: keep the half that comes first, name the clash for the other.
     return left, [(group, f"it can't be pruned together with {groups[0].name}: {reason}") for group in right]
+
+
+def _smallest(groups: Sequence[Group]) -> dict[str, int]:
+    return {group.name: channel_grid(group.channels, unit=group.unit)[0] for group in groups}
 
 
 def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str | None:
@@ -203,25 +214,50 @@ def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str 
         output.float().sum().backward()
     except Exception as error:
         return f"pruning it breaks {_culprit(error)}"
-    if not treats_alike(copy.deepcopy(model), forward, kept.keys()):
+    probe = copy.deepcopy(model)
+    graph = DependencyGraph(probe, forward)
+    tried = [group for group in graph.groups() if group.name in kept]
+    if not treats_alike(probe, forward, graph, [group for group in tried if graph.can_permute(group)]):
         return "the model doesn't treat its channels alike (shuffled, split into heads, normalised in groups)"
+    others = {group.name: kept[group.name] for group in tried if not graph.can_permute(group)}
+    if others and not cuts_exactly(model, forward, others):
+        return "without some of its channels the model computes something else than with those silenced"
     return None
 
 
-def treats_alike(model: nn.Module, forward: Forward, groups: Collection[str]) -> bool:
-    """Whether the model computes the same when the channels of these groups change places.
+def treats_alike(model: nn.Module, forward: Forward, graph: DependencyGraph, groups: Iterable[Group]) -> bool:
+    """Whether the model computes the same when the channels of these groups of its graph change places.
 
     Where it doesn't, an operation between the layers depends on a channel's position, which the dependency graph can't
     see: it would remove one channel here and another one there. The model keeps the permuted weights.
     """
-    before = forward(model.eval())
-    graph = DependencyGraph(model, forward)
+    before = forward(model)
     generator = torch.Generator().manual_seed(0)
-    for group in graph.groups():
-        if group.name in groups:
-            graph.permute(group, torch.randperm(group.channels, generator=generator))
+    for group in groups:
+        graph.permute(group, torch.randperm(group.channels, generator=generator))
     # Sums are taken in another order; real differences are many times larger.
     return torch.allclose(forward(model), before, rtol=1e-2, atol=1e-3 * float(before.detach().abs().max()))
+
+
+def cuts_exactly(model: nn.Module, forward: Forward, kept: dict[str, int]) -> bool:
+    """Whether the model computes without some channels what it computes when no layer reads them.
+
+    What other channels compute doesn't depend on a head, or on a group of a norm or of a convolution: the two are the
+    same where the right channels went, and the code around them knows.
+
+    Args:
+        model: Isn't changed.
+        forward: Runs it on its example inputs.
+        kept: Channels that stay of some groups, by the group's name.
+    """
+    silent, cut = copy.deepcopy(model), copy.deepcopy(model)
+    graph = DependencyGraph(silent, forward)
+    for group in [group for group in graph.groups() if group.name in kept]:
+        graph.silence(group, graph.units(group)[ceil(kept[group.name] / group.unit) :].flatten().tolist())
+    prune(cut, forward, kept)
+    with torch.no_grad():
+        got, want = forward(cut), forward(silent)
+    return got.shape == want.shape and is_close(got, want)
 
 
 def _culprit(error: Exception) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paretune.objectives.compress.importance import importance
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.spaces.analysis import Analysis, analyse, why_broken
 from paretune.spaces.graph import execution_order, prune
+from paretune.spaces.multihead import HeadAttention
 from tests import nets
 
 
@@ -25,6 +27,7 @@ class Case(NamedTuple):
         groups: The first layer of each prunable group: channels, coupled layers, consumers.
         frozen: Layer to a part of the reason.
         mixing: Groups whose channels meet in a norm, so that a removed channel isn't the same as a silent one.
+        units: Groups whose channels go several at a time, and how many.
     """
 
     model: type[nn.Module]
@@ -32,10 +35,12 @@ class Case(NamedTuple):
     groups: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]]
     frozen: dict[str, str]
     mixing: tuple[str, ...] = ()
+    units: Mapping[str, int] = MappingProxyType({})
 
 
 OUTPUT = "it is the output layer"
 POSITION = "the model doesn't treat its channels alike"
+SHARED = "layers that share a weight would lose different channels of it"
 CASES = [
     Case(
         nets.PlainCNN,
@@ -91,12 +96,9 @@ CASES = [
     Case(
         nets.Grouped,
         nets.image(),
-        {"last": (16, (), ("head",))},
-        {
-            "first": "grouped is a grouped convolution (groups=4)",
-            "grouped": "grouped is a grouped convolution (groups=4)",
-            "head": OUTPUT,
-        },
+        {"first": (16, ("grouped",), ("last",)), "last": (16, (), ("head",))},
+        {"head": OUTPUT},
+        units={"first": 4},
     ),
     Case(
         nets.MLP,
@@ -128,18 +130,21 @@ CASES = [
     Case(
         nets.Transformer,
         nets.sequence(),
-        {"encoder.linear1": (32, (), ("encoder.linear2",))},
         {
-            "project": "pass encoder.self_attn, whose kind (MultiheadAttention)",
-            "encoder.linear2": "pass encoder.self_attn, whose kind (MultiheadAttention)",
-            "head": OUTPUT,
+            "project": (16, ("encoder.linear2",), ("encoder.self_attn", "encoder.linear1", "head")),
+            "encoder.self_attn": (16, (), ("encoder.self_attn",)),
+            "encoder.linear1": (32, (), ("encoder.linear2",)),
         },
+        {"head": OUTPUT},
+        mixing=("project",),
+        units={"encoder.self_attn": 4},
     ),
     Case(
         nets.Attention,
         nets.sequence(),
-        {},
-        {"project": "pass attention, whose kind (MultiheadAttention)", "head": OUTPUT},
+        {"project": (16, (), ("attention",)), "attention": (16, (), ("attention",))},
+        {"head": OUTPUT},
+        units={"attention": 4},
     ),
     Case(
         nets.Recurrent,
@@ -157,8 +162,13 @@ CASES = [
     Case(
         nets.Heads,
         nets.sequence(),
-        {"stem": (32, (), ("query", "key", "value")), "project": (16, (), ("head",))},
-        {"query": POSITION, "key": POSITION, "value": POSITION, "head": OUTPUT},
+        {
+            "stem": (32, (), ("query", "key", "value")),
+            "query": (32, ("key", "value"), ("project",)),
+            "project": (16, (), ("head",)),
+        },
+        {"head": OUTPUT},
+        units={"query": 8},
     ),
     Case(
         nets.Attentive,
@@ -171,7 +181,19 @@ CASES = [
         {"head": OUTPUT},
         mixing=("first",),
     ),
-    Case(nets.GroupNormed, nets.image(), {"last": (16, (), ("head",))}, {"first": POSITION, "head": OUTPUT}),
+    Case(
+        nets.GroupNormed,
+        nets.image(),
+        {"first": (32, (), ("last",)), "last": (16, (), ("head",))},
+        {"head": OUTPUT},
+        units={"first": 8},
+    ),
+    Case(
+        nets.TiedLayers,
+        nets.vector(),
+        {"last": (16, (), ("head",))},
+        {"first": SHARED, "one": SHARED, "two": SHARED, "head": OUTPUT},
+    ),
 ]
 EACH = pytest.mark.parametrize("case", [pytest.param(case, id=case.model.__name__) for case in CASES])
 
@@ -193,10 +215,19 @@ def silence(model: nn.Module, layers: tuple[str, ...], channels: Tensor) -> None
     """Make output channels of layers, and of the batch norm that follows each, zero for every input."""
     for name in (*layers, *(name.replace("conv", "bn") for name in layers if "bn" in name.replace("conv", "bn"))):
         module: Any = dict(model.named_modules()).get(name)
-        if module is not None:
+        if isinstance(module, nn.MultiheadAttention):
+            module.in_proj_weight.data[2 * module.embed_dim + channels] = 0  # values
+            module.in_proj_bias.data[2 * module.embed_dim + channels] = 0
+        elif module is not None:
             module.weight.data[channels] = 0
             if module.bias is not None:
                 module.bias.data[channels] = 0
+
+
+def width(model: nn.Module, layer: str) -> int:
+    """Channels that a layer makes."""
+    module: Any = model.get_submodule(layer)
+    return len(module.query.weight if isinstance(module, HeadAttention) else module.weight)
 
 
 @EACH
@@ -204,6 +235,7 @@ def test_groups_and_reasons(case: Case) -> None:
     analysis = analysed(case)
     found = {group.name: (group.channels, group.layers[1:], group.consumers) for group in analysis.groups}
     assert found == case.groups
+    assert {group.name: group.unit for group in analysis.groups if group.unit > 1} == case.units
     assert [group.layers[0] for group in analysis.groups] == list(case.groups), "in the order of execution"
     assert {entry.layer for entry in analysis.frozen} == case.frozen.keys()
     for entry in analysis.frozen:
@@ -215,7 +247,7 @@ def test_every_called_layer_is_prunable_or_frozen(case: Case) -> None:
     analysis = analysed(case)
     called = list(execution_order(build(case), forward_of(case)))
     assert [layer.name for layer in analysis.layers] == called
-    owner = {name: group.name for group in analysis.groups for name in group.layers}
+    owner = {name: group.name for group in analysis.groups for name in group.layers if name in called}
     assert {layer.name: layer.group for layer in analysis.layers} == {name: owner.get(name) for name in called}
     assert sorted([*owner, *(entry.layer for entry in analysis.frozen)]) == sorted(called)
 
@@ -242,9 +274,9 @@ def test_half_of_everything(case: Case) -> None:
     prune(model, forward, kept)
     for name, (_, coupled, _) in case.groups.items():
         for layer in (name, *coupled):
-            assert len(model.get_submodule(layer).weight) == kept[name], layer  # type: ignore[arg-type]
+            assert width(model, layer) == kept[name], layer
     for name in case.frozen:
-        assert len(model.get_submodule(name).weight) == len(build(case).get_submodule(name).weight)  # type: ignore[arg-type]
+        assert width(model, name) == width(build(case), name)
     output = forward(model.train())
     assert output.shape == shape
     output.sum().backward()
@@ -265,7 +297,9 @@ def test_removing_silent_channels_changes_nothing(case: Case, name: str) -> None
     """Pruning equals masking: also behind concatenations, flattening, additions and depthwise convolutions."""
     channels, coupled, _ = case.groups[name]
     forward = forward_of(case)
-    gone = torch.randperm(channels, generator=torch.Generator().manual_seed(1))[: channels - 8]
+    units = torch.arange(channels).view(-1, case.units.get(name, 1))
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(1))
+    gone = units[order[: len(units) - 8 // units.shape[1]]].flatten()
     scores = torch.ones(channels)
     scores[gone] = 0
     masked = build(case)
@@ -301,6 +335,40 @@ def test_without_importance_the_last_channels_go() -> None:
     prune(model, forward_of(case), {"first": 8})
     assert torch.equal(model.get_parameter("first.weight"), dense.get_parameter("first.weight")[:8])
     assert torch.equal(model.get_parameter("narrow.weight"), dense.get_parameter("narrow.weight")[:, :8])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.units], ids=lambda case: case.model.__name__)
+def test_cutting_twice_and_at_once_give_one_shape(case: Case) -> None:
+    """Artifacts are replayed in one cut, without data, whatever the steps were."""
+    stepwise, replayed, forward = build(case), build(case), forward_of(case)
+    quarter = {name: max(channels // 4, case.units.get(name, 1)) for name, (channels, _, _) in case.groups.items()}
+
+    def importance(group: Any) -> Tensor:
+        return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(0))
+
+    prune(stepwise, forward, {name: channels // 2 for name, (channels, _, _) in case.groups.items()})
+    prune(stepwise, forward, quarter, importance=importance)
+    prune(replayed, forward, quarter)
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (stepwise, replayed)]
+    assert shapes[0] == shapes[1]
+    assert {name: width(replayed, name) for name in case.groups} == quarter
+    replayed.load_state_dict(stepwise.state_dict())
+    assert torch.equal(forward(replayed), forward(stepwise))
+
+
+def test_a_part_of_a_unit_stays_whole() -> None:
+    case = CASES[7]
+    model = build(case)
+    prune(model, forward_of(case), {"first": 5})
+    grouped: Any = model.get_submodule("grouped")
+    assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (2, 8, 8)
+
+
+def test_a_shared_weight_stays_shared() -> None:
+    model, forward = nets.TiedEmbedding().eval(), lambda model: call(model, nets.tokens())
+    prune(model, forward, {"down": 16})
+    assert model.get_parameter("embed.weight") is model.get_parameter("head.weight")
+    assert model.get_parameter("head.weight").shape == (20, 16)
 
 
 @pytest.mark.parametrize(
@@ -373,65 +441,3 @@ def test_why_broken_names_the_users_line() -> None:
     assert "self.head(x.view(len(x), 32, -1).mean(2))" in reason
     assert "nets.py" in reason
     assert why_broken(build(case), forward_of(case), {"first": 8}) is None
-
-
-def ordered(name: str) -> nn.Module:
-    """An MLP whose hidden channels 8 to 31 matter least, for each importance that looks at weights."""
-    model = build(CASES[8])
-    weak = torch.arange(32) % 4 != 0
-    model.get_parameter("first.weight").data[weak] *= 0.01
-    model.get_parameter("narrow.weight").data[:, weak] *= 0.01
-    return model
-
-
-@pytest.mark.parametrize("name", ["l1", "l2", "taylor"])
-def test_importance_keeps_the_strong_channels(name: str) -> None:
-    case = CASES[8]
-    model = ordered(name)
-    dense = copy.deepcopy(model)
-
-    def backward(net: nn.Module) -> None:
-        call(net, nets.vector(16)).square().sum().backward()
-
-    prune(model, forward_of(case), {"first": 8}, importance=importance(name, model, backward))
-    assert torch.equal(model.get_parameter("first.weight"), dense.get_parameter("first.weight")[::4])
-
-
-def test_bn_scale_keeps_large_scales_and_falls_back_on_weights() -> None:
-    case = CASES[0]
-    model = build(case)
-    model.get_parameter("bn1.weight").data = torch.arange(16.0) + 1
-    model.get_parameter("fc1.weight").data[:24] *= 0.01
-    dense = copy.deepcopy(model)
-    score = importance("bn-scale", model, lambda _: None)
-    prune(model, forward_of(case), {"conv1": 8, "fc1": 8}, importance=score)
-    assert torch.equal(model.get_parameter("bn1.weight"), dense.get_parameter("bn1.weight")[8:])
-    assert torch.equal(model.get_parameter("fc1.bias"), dense.get_parameter("fc1.bias")[24:])
-
-
-def test_taylor_scores_by_the_gradients_of_the_data() -> None:
-    """Channels that the loss doesn't depend on go first, however large their weights are."""
-    case = CASES[8]
-    model = build(case)
-    model.get_parameter("first.weight").data[:24] *= 100
-    model.get_parameter("first.bias").data[:24] = -1e6  # dead for every input
-    kept = model.get_parameter("first.weight")[24:].detach().clone()
-
-    def backward(net: nn.Module) -> None:
-        call(net, nets.vector(64)).square().sum().backward()
-
-    prune(model, forward_of(case), {"first": 8}, importance=importance("taylor", model, backward))
-    assert torch.equal(model.get_parameter("first.weight"), kept)
-
-
-def test_random_importance_is_seeded() -> None:
-    case = CASES[8]
-
-    def pruned(seed: int) -> Tensor:
-        model = build(case)
-        torch.manual_seed(seed)
-        prune(model, forward_of(case), {"first": 8}, importance=importance("random", model, lambda _: None))
-        return model.get_parameter("first.weight")
-
-    assert torch.equal(pruned(0), pruned(0))
-    assert not torch.equal(pruned(0), pruned(1))

@@ -67,6 +67,19 @@ def test_measured_counts_take_the_place_of_steps(
         assert kept_of(ratio_of(kept, channels), channels) == kept
 
 
+@pytest.mark.parametrize(
+    ("unit", "max_ratio", "expected"),
+    [
+        pytest.param(12, 1.0, [12, 24, 36, 48], id="each multiple"),
+        pytest.param(12, 0.5, [24, 36, 48], id="within the largest ratio"),
+        pytest.param(24, 0.4, [48], id="less than a unit"),
+        pytest.param(48, 1.0, [48], id="a single unit"),
+    ],
+)
+def test_channels_that_go_together_make_the_steps(unit: int, max_ratio: float, expected: list[int]) -> None:
+    assert channel_grid(48, max_ratio=max_ratio, counts=(8, 16), unit=unit) == expected
+
+
 @pytest.mark.parametrize("channels", [*WIDTHS, 1000, 4096])
 def test_ratios_name_channel_counts_exactly(channels: int) -> None:
     for kept in channel_grid(channels):
