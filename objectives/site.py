@@ -8,8 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from paretune.errors import TrialError
 from paretune.objectives.clocks import Call, Clock, clock_for
+from paretune.objectives.compress.lowrank import layers_of
+from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.device import is_cuda
 from paretune.objectives.runtimes import Capabilities, LayerReport, LoadOptions, Runtime, Session, Target, get_runtime
 from paretune.objectives.usage import measure_usage
@@ -49,6 +53,16 @@ class Site:
         """Name of this target's model file in an artifact."""
         return f"{self.stem}{self.runtime.suffix}"
 
+    @property
+    def packed(self) -> str:
+        """Name of the model file in packed form, where an artifact has one."""
+        return f"{self.model}.packed"
+
+    def size(self, folder: Path) -> int:
+        """Bytes of this target's model file of an artifact, as it is stored: packed, where that is smaller."""
+        sizes = [path.stat().st_size for path in (folder / self.model, folder / self.packed) if path.is_file()]
+        return min(sizes)
+
     def options(self, float_bits: int, *, purpose: Literal["measure", "score", "profile"] = "measure") -> LoadOptions:
         """How to load a model file here."""
         target = self.target
@@ -66,28 +80,41 @@ class Site:
 
 
 def check_executed(
-    reports: Mapping[str, LayerReport], bits: Mapping[str, int], float_bits: int, layers: Iterable[str]
+    reports: Mapping[str, LayerReport], model: nn.Module, float_bits: int, layers: Iterable[str]
 ) -> dict[str, int]:
-    """The widths in which layers are executed, by name.
+    """The widths in which layers are executed, by name; the parts of a factorized layer count as layers.
+
+    A layer of few bits runs in the width of its container (`QuantizedLayer.container`), for which there are kernels.
+    One whose weight alone is quantized, in no blocks, may be computed in floats as well: what it is, is said.
 
     Args:
         reports: What the runtime says.
-        bits: What the plan asks for. A float width of a plan stands for the target's own float format.
-        float_bits: The target's own.
-        layers: Names of the layers that must be found, beside those that are to run in 8 bits or less.
+        model: What was deployed.
+        float_bits: Width of the target's own float format, which all other layers run in.
+        layers: Names of the layers, as the dense model has them, that must be found beside the quantized ones.
 
     Raises:
         TrialError: A layer runs in another width than it was asked to.
     """
-    wanted = dict.fromkeys([*layers, *(name for name, width in bits.items() if width <= 8)])
+    quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer)}
+    wanted = dict.fromkeys([*(part for name in layers for part in layers_of(model, name)), *quantized])
     executed = {name: reports[name].bits for name in wanted if name in reports}
     for name in wanted:
-        asked = bits.get(name, float_bits)
-        asked = asked if asked <= 8 else float_bits
-        if executed.get(name) != asked:
+        allowed, asked = _allowed(quantized.get(name), float_bits)
+        if executed.get(name) not in allowed:
             found = f"runs in {executed[name]}" if name in executed else "isn't found in the compiled model"
             raise TrialError(
-                f"every layer must run in the width that the plan asks for, but {name} was to run in {asked} bits "
-                f"and {found}; exclude it (space.exclude) or fix space.bits"
+                f"every layer must run in the width that the plan asks for, but {name} was to run in {asked} and "
+                f"{found}; exclude it (space.exclude) or fix space.bits"
             )
     return executed
+
+
+def _allowed(layer: QuantizedLayer | None, float_bits: int) -> tuple[tuple[int, ...], str]:
+    """In which widths a layer may run, and what was asked for, in words."""
+    if layer is None:
+        return (float_bits,), f"{float_bits} bits"
+    kernel = layer.container
+    asked = f"{layer.bits} bits" if layer.bits == kernel else f"{layer.bits} bits, stored in {kernel},"
+    in_floats = layer.scheme.weights_alone and not layer.scheme.block
+    return (kernel, float_bits) if in_floats else (kernel,), asked

@@ -51,6 +51,19 @@ class Schedule(_Config):
             raise ValueError(f"steps must be 1 for one-shot and at least 2 otherwise, but got {self.steps}")
         return self
 
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The schedule that ``one-shot``, ``linear:4`` or ``cubic:5`` (shape and cuts) stands for; undoes `str`.
+
+        Raises:
+            ValueError: It stands for none.
+        """
+        shape, _, steps = text.partition(":")
+        return cls.model_validate({"shape": shape, "steps": int(steps or 1)})
+
+    def __str__(self) -> str:
+        return self.shape if self.steps == 1 else f"{self.shape}:{self.steps}"
+
     @property
     def fractions(self) -> tuple[float, ...]:
         """Share of the whole cut that is reached after each step, ascending to 1."""
@@ -254,6 +267,22 @@ class CompressionPlan(_Config):
                 yield f"sparsify.{rule}, which takes all layers, must not stand beside factorized ones"
 
     @property
+    def is_resolved(self) -> bool:
+        """Whether nothing is left to the weights: shape and latency follow from the plan alone."""
+        left = (
+            (self.prune, ("ratio", "threshold")),
+            (self.sparsify, ("ratio", "threshold")),
+            (self.factorize, ("energy",)),
+        )
+        return all(getattr(config, name) is None for config, names in left for name in names)
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether its weights take fewer bits than a model file gives them, so that packing it pays."""
+        few = any(bits < 8 for bits in self.quantize.bits.values())
+        return few or bool(self.share.clusters) or any(self.sparsify.sparsity.values())
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the canonical JSON (sorted keys, what does nothing left out), as 64 hexadecimal digits."""
         return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
@@ -270,6 +299,8 @@ class CompressionPlan(_Config):
         for section, name in (("prune", "ratios"), ("sparsify", "sparsity")):
             if name in data.get(section, {}):
                 data[section][name] = {key: ratio for key, ratio in data[section][name].items() if ratio > 0}
+        if data.get("sparsify") == {"sparsity": {}}:
+            del data["sparsify"]
         return {"schema": whole["schema"], **data}
 
     def to_json(self, *, indent: int | None = 2) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from paretune.objectives.data.inputs import Inputs
 
 
 class PlainCNN(nn.Module):
@@ -366,6 +370,332 @@ class Fold(nn.Module):
         return self.head(F.relu(self.bn_fc(self.fc(x.mean((2, 3))))))
 
 
+def _conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size (but for its stride), and batch norm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class VGG(nn.Module):
+    """Twice two convolutions with batch norm and a pooling, then two linear layers (Simonyan and Zisserman, 2015,
+    arXiv:1409.1556)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = _conv_bn(3, 16), _conv_bn(16, 16)
+        self.conv3, self.conv4 = _conv_bn(16, 32), _conv_bn(32, 32)
+        self.hidden = nn.Linear(32 * 4, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        x = F.max_pool2d(F.relu(self.conv4(F.relu(self.conv3(x)))), 2)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = _conv_bn(inputs, outputs, stride=stride), _conv_bn(outputs, outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else _conv_bn(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Blocks with an identity shortcut and with a projection, all with batch norm (He et al., 2016,
+    arXiv:1512.03385)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn(3, 16)
+        self.blocks = nn.Sequential(_BasicBlock(16, 16, 1), _BasicBlock(16, 32, 2), _BasicBlock(32, 32, 1))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class _NormAct(nn.BatchNorm2d):
+    """Batch norm with its activation inside, as timm writes it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, wide: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(inputs, wide, 1, bias=False), _NormAct(wide)
+        self.depthwise = _conv_bn(wide, wide, 3, stride, groups=wide)
+        self.project = _conv_bn(wide, outputs, 1)
+        self.has_shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(F.relu6(self.depthwise(self.norm(self.expand(x)))))
+        return x + y if self.has_shortcut else y
+
+
+class MobileNetV2(nn.Module):
+    """Inverted residuals with linear bottlenecks (Sandler et al., 2018, arXiv:1801.04381)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn(3, 16)
+        self.blocks = nn.Sequential(_InvertedResidual(16, 32, 16, 1), _InvertedResidual(16, 48, 24, 2))
+        self.last = _conv_bn(24, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu6(self.last(self.blocks(F.relu6(self.stem(x))))).mean((2, 3)))
+
+
+class _SqueezeExcite(nn.Module):
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class _SameConv(nn.Conv2d):
+    """Pads as TensorFlow does, in its own forward, as timm writes it; for a stride of 2 and even sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        least = self.kernel_size[0] - 2
+        x = F.pad(x, (least // 2, least - least // 2) * 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class _MobileBlock(nn.Module):
+    def __init__(self, inputs: int, wide: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.expand = _conv_bn(inputs, wide, 1)
+        self.depthwise = _conv_bn(wide, wide, 5, stride, groups=wide)
+        if stride == 2:
+            self.depthwise[0] = _SameConv(wide, wide, 5, 2, groups=wide, bias=False)
+        self.attend = _SqueezeExcite(wide, 16)
+        self.project = _conv_bn(wide, outputs, 1)
+        self.has_shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.attend(F.hardswish(self.depthwise(F.hardswish(self.expand(x))))))
+        return x + y if self.has_shortcut else y
+
+
+class MobileNetV3(nn.Module):
+    """Inverted residuals with squeeze and excitation and hard swish (Howard et al., 2019, arXiv:1905.02244)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn(3, 16)
+        self.blocks = nn.Sequential(_MobileBlock(16, 32, 16, 1), _MobileBlock(16, 48, 24, 2))
+        self.hidden = nn.Linear(24, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.hardswish(self.stem(x))).mean((2, 3))
+        return self.head(F.hardswish(self.hidden(x)))
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, inputs: int, bottleneck: int, growth: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, bottleneck, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(bottleneck), nn.Conv2d(bottleneck, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return torch.cat([x, y], 1)
+
+
+class DenseNet(nn.Module):
+    """Concatenated features, batch norm before its convolution, and a transition (Huang et al., 2017,
+    arXiv:1608.06993)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.first = nn.Sequential(_DenseLayer(16, 32, 16), _DenseLayer(32, 32, 16))
+        self.norm, self.transition = nn.BatchNorm2d(48), nn.Conv2d(48, 24, 1, bias=False)
+        self.second = _DenseLayer(24, 32, 16)
+        self.last_norm = nn.BatchNorm2d(40)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(self.transition(F.relu(self.norm(self.first(self.stem(x))))), 2)
+        return self.head(F.relu(self.last_norm(self.second(x))).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """An encoder and a decoder of transposed convolutions, joined by concatenation (Ronneberger et al., 2015,
+    arXiv:1505.04597); its prediction for each pixel is averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = _conv_bn(3, 16), _conv_bn(16, 32), _conv_bn(32, 48)
+        self.up2, self.merge2 = nn.ConvTranspose2d(48, 32, 2, 2), _conv_bn(64, 32)
+        self.up1, self.merge1 = nn.ConvTranspose2d(32, 16, 2, 2), _conv_bn(32, 16)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = F.relu(self.down1(x))
+        coarse = F.relu(self.down2(F.max_pool2d(fine, 2)))
+        x = F.relu(self.middle(F.max_pool2d(coarse, 2)))
+        x = F.relu(self.merge2(torch.cat([self.up2(x), coarse], 1)))
+        x = F.relu(self.merge1(torch.cat([self.up1(x), fine], 1)))
+        return self.head(x).mean((2, 3))
+
+
+class _FusedAttention(nn.Module):
+    """One layer for queries, keys and values, as timm writes it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim))
+
+
+class _EncoderBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), _FusedAttention(width, heads)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Patches, a class token and a position embedding before fused attention (Dosovitskiy et al., 2021,
+    arXiv:2010.11929)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 32))
+        self.position = nn.Parameter(torch.randn(1, 5, 32))
+        self.blocks = nn.Sequential(_EncoderBlock(32, 4), _EncoderBlock(32, 4))
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class _MaskedAttention(nn.Module):
+    """A layer each for queries, keys and values, as Hugging Face's BERT writes it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_size = heads, width // heads
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.output, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], self.heads, self.head_size).transpose(1, 2)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        shares = (query @ key.transpose(2, 3) / self.head_size**0.5 + bias).softmax(3)
+        mixed = (shares @ value).transpose(1, 2).flatten(2)
+        return self.norm(x + self.output(mixed))
+
+
+class BERT(nn.Module):
+    """An encoder of tokens, norms last, whose first token is read (Devlin et al., 2019, arXiv:1810.04805); inputs by
+    name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(20, 32), nn.Embedding(6, 32)
+        self.register_buffer("positions", torch.arange(6))
+        self.norm = nn.LayerNorm(32)
+        self.attention = nn.ModuleList(_MaskedAttention(32, 4) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(32, 64) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+        self.pool = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.embed(tokens) + self.position(self.positions))
+        bias = (1 - mask)[:, None, None, :] * -1e4
+        for attention, up, down, norm in zip(self.attention, self.up, self.down, self.norms, strict=True):
+            x = attention(x, bias)
+            x = norm(x + down(F.gelu(up(x))))
+        return self.head(self.pool(x[:, 0]).tanh())
+
+
+class TiedLayers(nn.Module):
+    """Two layers hold one weight; inputs (N, 12)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 32)
+        self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.two.weight = self.one.weight
+        self.last = nn.Linear(32, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(F.relu(self.one(F.relu(self.first(x))))))
+        return self.head(F.relu(self.last(x)))
+
+
+class TiedEmbedding(nn.Module):
+    """The embedding of the tokens is the head's weight, as in language models; a class is a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head((x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
+
+
+class Functional(nn.Module):
+    """Everything between its layers is a function: chunk, split, concatenate, view, flatten with positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.left, self.right = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 24, 1)
+        self.gates = nn.Conv2d(40, 48, 1)
+        self.last = nn.Conv2d(16, 16, 1)
+        self.hidden = nn.Linear(16 * 4, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.stem(x)).chunk(2, 1)
+        x = torch.cat([F.relu(self.left(left)), F.relu(self.right(right))], 1)
+        value, gate, shift = self.gates(x).split(16, 1)
+        x = F.max_pool2d(F.relu(self.last(value * gate.sigmoid() + shift)), 4)
+        return self.head(F.relu(self.hidden(x.view(x.size(0), -1))))
+
+
 def image(batch: int = 2, channels: int = 3, size: int = 8) -> Tensor:
     """A batch of random images, always the same ones."""
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
@@ -404,3 +734,39 @@ def wake_norms(model: nn.Module, seed: int = 0) -> nn.Module:
             module.weight.data = torch.rand(size, generator=generator) + 0.5
             module.bias.data = torch.randn(size, generator=generator) * 0.1
     return model
+
+
+def signal(batch: int = 2) -> Tensor:
+    """Inputs of `Signal`."""
+    return torch.randn(batch, 2, 20, generator=torch.Generator().manual_seed(batch))
+
+
+def gray(batch: int = 2) -> Tensor:
+    """Inputs of `PlainCNN`."""
+    return image(batch, 1)
+
+
+def _woken(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: wake_norms(kind())
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
+    "PlainCNN": (_woken(PlainCNN), gray),
+    "VGG": (_woken(VGG), image),
+    "ResNet": (_woken(ResNet), image),
+    "MobileNetV2": (_woken(MobileNetV2), image),
+    "MobileNetV3": (_woken(MobileNetV3), image),
+    "DenseNet": (_woken(DenseNet), image),
+    "UNet": (_woken(UNet), image),
+    "ViT": (ViT, image),
+    "BERT": (BERT, tokens),
+    "Transformer": (Transformer, sequence),
+    "Signal": (Signal, signal),
+    "MLP": (MLP, vector),
+    "Recurrent": (Recurrent, sequence),
+    "Grouped": (Grouped, image),
+    "TiedLayers": (TiedLayers, vector),
+    "TiedEmbedding": (TiedEmbedding, tokens),
+    "Functional": (Functional, image),
+}
+"""Name to factory and inputs (of so many samples): what every technique is tried on. All give (N, classes)."""

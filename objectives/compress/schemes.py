@@ -11,7 +11,7 @@ from typing import Any, Literal
 class Scheme:
     """From what numbers a runtime computes the layers of one width.
 
-    Weights are symmetric: one scale for each output channel, or for each block of inputs.
+    Weights have one scale for each output channel, or for each block of inputs.
 
     Attributes:
         activations: The layer's input. ``static``: one grid for the tensor, fixed by calibration; ``dynamic``: one grid
@@ -23,6 +23,8 @@ class Scheme:
             part a layer's inputs evenly, it is halved, down to `least_block`.
         least_block: What the inputs of a layer with weights in blocks must be a multiple of.
         number: ``int``, or ``fp8`` (e4m3) for 8-bit floating-point numbers.
+        affine: Whether weights have zero points; runtimes don't ask for it, plans do where weights alone are quantized.
+        per_tensor: Whether all scales of a weight are equal; only plans ask for it: any kernel does it.
     """
 
     activations: Literal["static", "dynamic", "float"] = "static"
@@ -31,6 +33,13 @@ class Scheme:
     block: int | None = None
     least_block: int = 16
     number: Literal["int", "fp8"] = "int"
+    affine: bool = False
+    per_tensor: bool = False
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether weights are stored in few bits, and the layer is computed in floats, or in a kernel of its own."""
+        return self.activations == "float"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

@@ -47,11 +47,14 @@ class Capabilities:
         float_formats: Float width to its format, widest first; all unquantized layers of an artifact share one.
         integer_bits: Layer kind (class name) to the widths of 8 and less that run on kernels of their own.
         schemes: Such a width to how its layers must be quantized.
+        sparse_patterns: Patterns ``N:M`` of zeros that run on kernels of their own, some kinds of layers at least;
+            others are multiplied like all weights.
     """
 
     float_formats: Mapping[int, str]
     integer_bits: Mapping[str, tuple[int, ...]]
     schemes: Schemes = field(default_factory=lambda: STATIC)
+    sparse_patterns: tuple[str, ...] = ()
 
     @property
     def float_bits(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.data.inputs import Inputs, call, tensors
-from paretune.objectives.runtimes.onnx_graph import Blocks, fold_weights
+from paretune.objectives.runtimes.onnx_graph import Weight, fold_weights
 
 OPSET = 17
 
@@ -76,7 +76,8 @@ def export_onnx(
     names = input_names(inputs)
     args = tuple(tensors(inputs).values())
     wrapped = _Positional(model, names, inputs).eval()
-    blocks = _blocks(wrapped)
+    weights = _weights(wrapped)
+    blocks = any(weight.scales.ndim > 1 for weight in weights.values())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if dynamo:
@@ -106,7 +107,7 @@ def export_onnx(
                 dynamo=False,
             )
             proto = onnx.load(path)
-    fold_weights(proto.graph, blocks)
+    fold_weights(proto.graph, weights)
     if blocks:
         proto.opset_import[0].version = _BLOCKS_OPSET
         proto.ir_version = max(proto.ir_version, 10)
@@ -115,13 +116,18 @@ def export_onnx(
     onnx.save(proto, path)
 
 
-def _blocks(model: nn.Module) -> dict[str, Blocks]:
-    """The 4-bit weights of a model by the names that the exporter gives to the float ones."""
+def _weights(model: nn.Module) -> dict[str, Weight]:
+    """The quantized weights of a model by the names that the exporter gives to the float ones."""
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer) and layer.scheme.block:
-            weight = layer.quantized_weight().detach().cpu()
-            scales = layer.weight_scale.cpu().reshape(len(weight), -1)
-            levels = torch.round(weight.reshape(*scales.shape, -1) / scales[..., None]).reshape(weight.shape)
-            found[f"{name}.layer.weight"] = Blocks(levels.to(torch.int8).numpy(), scales.numpy())
+        if isinstance(layer, QuantizedLayer):
+            levels, scheme = layer.weight_levels(), layer.scheme
+            shape = (len(levels), -1) if scheme.block else (-1,)
+            zeros = layer.weight_zero_point.cpu().reshape(shape).to(torch.uint8).numpy() if scheme.affine else None
+            found[f"{name}.layer.weight"] = Weight(
+                levels.to(torch.uint8 if scheme.affine else torch.int8).numpy(),
+                layer.weight_scale.cpu().reshape(shape).numpy(),
+                zeros,
+                scheme.weights_alone,
+            )
     return found

@@ -14,7 +14,14 @@ from math import inf
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from paretune.objectives.runtimes.onnx_graph import Array, constants, drop_unread, producers_of
+from paretune.objectives.runtimes.onnx_graph import (
+    Array,
+    block_size,
+    constants,
+    drop_unread,
+    is_alone,
+    producers_of,
+)
 
 _RECTIFIERS = ("Relu", "Clip")
 _OWN_DOMAIN = "com.microsoft"
@@ -42,22 +49,26 @@ def use_block_kernels(graph: GraphProto) -> bool:
     """
     values, producers = constants(graph), producers_of(graph)
     stored: set[str] = set()
-    for node, weight in list(_quantized_products(graph, producers)):
-        block = next((attribute.i for attribute in weight.attribute if attribute.name == "block_size"), 0)
+    for node, weight in list(_dequantized_products(graph, producers)):
+        block = block_size(weight)
         if not block:
             continue
         name, (inputs, outputs) = weight.input[0].removesuffix(".int4"), values[weight.input[0]].shape
+        names = [f"{name}.blocks", f"{name}.blocks.scale", f"{name}.blocks.zero"][: len(weight.input)]
         if name not in stored:
-            # Here a weight is kept as outputs x blocks, and the levels -8 to 7 as 0 to 15.
-            levels = (values[weight.input[0]].astype(np.int8).T + 8).astype(np.uint8)
-            packed = (levels[:, ::2] | levels[:, 1::2] << 4).reshape(outputs, inputs // block, block // 2)
-            scales = np.ascontiguousarray(values[weight.input[1]].T)
-            graph.initializer.append(numpy_helper.from_array(packed, f"{name}.blocks"))
-            graph.initializer.append(numpy_helper.from_array(scales, f"{name}.blocks.scale"))
+            # Here a weight is kept as outputs x blocks; without zero points the levels 0 to 15 stand for -8 to 7.
+            shift = 8 if len(names) == 2 else 0
+            levels, *zeros = (
+                (values[read].T.astype(np.int8) + shift).astype(np.uint8)
+                for read in (weight.input[0], *weight.input[2:])
+            )
+            packed = _pairs(levels).reshape(outputs, inputs // block, block // 2)
+            arrays = [packed, np.ascontiguousarray(values[weight.input[1]].T), *map(_pairs, zeros)]
+            graph.initializer.extend(map(numpy_helper.from_array, arrays, names))
             stored.add(name)
         product = helper.make_node(
             "MatMulNBits",
-            [node.input[0], f"{name}.blocks", f"{name}.blocks.scale"],
+            [node.input[0], *names],
             list(node.output),
             name=node.name,
             domain=_OWN_DOMAIN,
@@ -163,7 +174,19 @@ def _spell_out(graph: GraphProto, node: NodeProto, low: float, high: float) -> N
         graph.node.insert(position + index, step)
 
 
+def _pairs(levels: Array) -> Array:
+    """Two levels a byte along the last dimension, the first in the lower half."""
+    even = np.pad(levels, ((0, 0), (0, levels.shape[1] % 2)))
+    packed: Array = even[:, ::2] | even[:, 1::2] << 4
+    return packed
+
+
 def _quantized_products(graph: GraphProto, producers: dict[str, NodeProto]) -> Iterator[tuple[NodeProto, NodeProto]]:
+    """Each product that is to run on an integer kernel, and the node that dequantizes its weight."""
+    return ((node, weight) for node, weight in _dequantized_products(graph, producers) if not is_alone(weight))
+
+
+def _dequantized_products(graph: GraphProto, producers: dict[str, NodeProto]) -> Iterator[tuple[NodeProto, NodeProto]]:
     """Each product of a dequantized weight, and the node that dequantizes it."""
     for node in list(graph.node):
         if node.op_type in ("Conv", "Gemm", "MatMul"):

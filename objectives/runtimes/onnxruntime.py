@@ -33,7 +33,7 @@ from paretune.objectives.runtimes.base import (
     Session,
 )
 from paretune.objectives.runtimes.onnx_export import export_onnx
-from paretune.objectives.runtimes.onnx_graph import layer_names
+from paretune.objectives.runtimes.onnx_graph import fold_alone, layer_names
 from paretune.objectives.runtimes.onnx_integer import use_integer_kernels
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -81,13 +81,16 @@ class OnnxRuntime(Runtime):
             if profile is not None:
                 config.enable_profiling = True
                 config.profile_file_prefix = f"{profile.name}/calls"
+            model = onnx.load(path)
+            # Left to itself it would dequantize such weights in each call, and not lay them out for its kernels.
+            source = model.SerializeToString() if fold_alone(model.graph) else str(path)
             try:
                 session = onnxruntime.InferenceSession(
-                    str(path), config, providers=[_on_stream(provider)], disabled_optimizers=list(_UNFAITHFUL)
+                    source, config, providers=[_on_stream(provider)], disabled_optimizers=list(_UNFAITHFUL)
                 )
             except _FAILURES as error:
                 raise _fixed_batch(error) from error
-            calls = _calls(onnx.load(path, load_external_data=False).graph)
+            calls = _calls(model.graph)
             executed = _executed(onnx.load(compiled, load_external_data=False).graph.node, calls)
         settings: dict[str, str | int | bool] = {
             "provider": provider[0],

@@ -24,9 +24,12 @@ from paretune.objectives.runtimes.base import (
     Session,
 )
 from paretune.objectives.runtimes.onnx_export import export_onnx
+from paretune.objectives.runtimes.onnx_graph import layer_names
 
-_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8, "i4": 4}
+_BITS = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "i8": 8, "u4": 4, "i4": 4}
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_PRODUCT_TYPES = ("Convolution", "FullyConnected", "MatMul")
+_NAMES = "originalLayersNames"
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 _SCHEMES = {**STATIC, 4: Scheme(activations="float", block=32)}
 
@@ -72,7 +75,7 @@ class OpenVINO(Runtime):
         if _hides(compiled, aliases, _apart(graph, options.float_bits)):
             config |= {"SNIPPETS_MODE": "DISABLE"}
             compiled = self._core.compile_model(model, "CPU", config)
-        return _Session(compiled, aliases, config)
+        return _Session(compiled, layer_names(graph), aliases, config)
 
 
 def _device(device: str) -> None:
@@ -108,14 +111,20 @@ def _add(reports: dict[str, LayerReport], layer: str, bits: int, share: float) -
 
 
 def _info(operation: Any) -> dict[str, str]:
-    """What OpenVINO tells of a compiled operation: layerType, runtimePrecision, originalLayersNames, ..."""
-    return {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+    """What OpenVINO tells of a compiled operation: layerType, runtimePrecision, originalLayersNames, ...
+
+    A product that took over a division of its input may name that alone; it is still called after itself.
+    """
+    info = {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+    if info.get("layerType") in _PRODUCT_TYPES:
+        info[_NAMES] = f"{info.get(_NAMES, '')},{operation.get_friendly_name()}"
+    return info
 
 
 def _layers_of(info: dict[str, str], aliases: dict[str, str]) -> list[tuple[str, bool]]:
     """(layer, whether its product itself is meant, not a step after it) for each layer that an operation executes."""
     found = []
-    for name in filter(None, info.get("originalLayersNames", "").split(",")):
+    for name in filter(None, info.get(_NAMES, "").split(",")):
         # An operation whose bias is all zero may keep no other name than these.
         name = name.removesuffix("/WithoutBiases").removesuffix("_original")
         layer, _, step = name.partition("/")
@@ -146,9 +155,12 @@ def _aliases(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 class _Session(Session):
-    def __init__(self, compiled: Any, aliases: dict[str, str], settings: dict[str, str | int | bool]) -> None:
+    def __init__(
+        self, compiled: Any, names: set[str], aliases: dict[str, str], settings: dict[str, str | int | bool]
+    ) -> None:
         self.settings = settings
         self._compiled = compiled
+        self._names = names
         self._aliases = aliases
         self._request = compiled.create_infer_request()
 
@@ -172,7 +184,8 @@ class _Session(Session):
             precision = info.get("runtimePrecision", "").lower()
             if precision in _BITS and info.get("layerType") not in ("Input", "Output", "Const", "Reorder"):
                 share = times.get(operation.get_friendly_name(), 0.0) / total
-                for layer, is_product in dict.fromkeys(_layers_of(info, self._aliases)):
+                found = dict.fromkeys(_layers_of(info, self._aliases))
+                for layer, is_product in [pair for pair in found if pair[0] in self._names]:
                     _add(own if is_product else others, layer, _BITS[precision], share)
         # The product counts first: what follows it (bias, scale) may run apart, in another width.
         return others | own

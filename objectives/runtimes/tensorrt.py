@@ -29,14 +29,17 @@ from paretune.objectives.runtimes.base import (
 )
 from paretune.objectives.runtimes.cuda_graph import CapturedCall
 from paretune.objectives.runtimes.onnx_export import export_onnx
-from paretune.objectives.runtimes.onnx_graph import layer_names
+from paretune.objectives.runtimes.onnx_graph import fold_alone, layer_names
 from paretune.objectives.runtimes.onnx_half import to_half
 from paretune.objectives.runtimes.tensorrt_engine import EngineCache, fix_batch, load_engine, tensorrt
-from paretune.objectives.runtimes.tensorrt_report import Kernel, find_kernels, layer_reports
+from paretune.objectives.runtimes.tensorrt_report import Kernel, find_kernels, layer_reports, sparse_layers
 
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 SCHEMES: Schemes = {8: Scheme(symmetric=True)}
 """TensorRT knows no zero points."""
+
+_CAPABILITY_SPARSE = (8, 0)
+"""Ampere: tensor cores that leave out two zeros of four."""
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -79,7 +82,8 @@ class TensorRT(Runtime):
         floats = {32: "tf32" if self._tf32 else "f32"}
         if self._half == "fp16" or has_bf16(place):
             floats[16] = self._half
-        return Capabilities(floats, dict.fromkeys((*_CONVOLUTIONS, "Linear"), (8,)), SCHEMES)
+        patterns = ("2:4",) if torch.cuda.get_device_capability(place) >= _CAPABILITY_SPARSE else ()
+        return Capabilities(floats, dict.fromkeys((*_CONVOLUTIONS, "Linear"), (8,)), SCHEMES, patterns)
 
     def deploy(self, module: nn.Module, inputs: Inputs, path: Path) -> None:
         export_onnx(module, inputs, path)
@@ -101,9 +105,11 @@ class TensorRT(Runtime):
     def typed(self, model: onnx.ModelProto, options: LoadOptions) -> onnx.ModelProto:
         """The model as it is compiled: for one batch size, its floats in the type that they are computed in.
 
-        TensorRT computes each tensor in the type that it has in the file. The given model gets the batch size too.
+        TensorRT computes each tensor in the type that it has in the file. Of weights that alone are quantized it would
+        have no integer kernel for either, so they are floats. The given model is changed too.
         """
         fix_batch(model, options.batch_size)
+        fold_alone(model.graph)
         return to_half(model, self._half) if options.float_bits == 16 else model
 
 
@@ -138,7 +144,7 @@ class _Session(Session):
         settings: dict[str, str | int | bool],
     ) -> None:
         trt = tensorrt()
-        self.settings = settings
+        self.settings: dict[str, str | int | bool] = settings
         self._device = device
         self._calls = calls
         self._context = engine.create_execution_context()
@@ -156,6 +162,7 @@ class _Session(Session):
         inspector.execution_context = self._context
         described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON), strict=False)
         self._kernels: list[Kernel] = find_kernels(described, calls)
+        self.settings["sparse_layers"] = len(sparse_layers(self._kernels))
         self._times: dict[str, float] = {}
         if options.purpose == "profile":
             self._context.profiler = self._profiler = _profiler(self._times)

@@ -19,6 +19,9 @@ _TYPES = r"(?:i8|u8|i32|e4m3|e5m2|f16|bf16|tf32|f32)"
 _TACTIC = re.compile(rf"(?<![a-z0-9]){_TYPES}{{2}}_(?P<multiplied>{_TYPES}){_TYPES}_")
 """``..._i8f32_i8i32_f32_...``: types of input and output, then those of products and sums, then that of the rest."""
 
+_SPARSE = re.compile(r"sparse|sptensor", re.IGNORECASE)
+"""In the tactics' names of kernels that leave out the zeros of weights in the pattern 2:4."""
+
 _PRODUCT = re.compile(r"conv|gemm|matrixmultiply|matmul", re.IGNORECASE)
 _MOVES = re.compile(r"reformat|noop|constant|shuffle|copy", re.IGNORECASE)
 
@@ -40,11 +43,13 @@ class Kernel(NamedTuple):
         calls: Names of the ONNX nodes whose products it computes; a layer that is called twice is ``layer`` and
             ``layer#2``.
         bits: Width of what it multiplies.
+        sparse: Whether it leaves out the zeros of weights in the pattern 2:4.
     """
 
     name: str
     calls: tuple[str, ...]
     bits: int
+    sparse: bool = False
 
 
 def find_kernels(description: Mapping[str, Any], calls: Iterable[str]) -> list[Kernel]:
@@ -69,7 +74,8 @@ def find_kernels(description: Mapping[str, Any], calls: Iterable[str]) -> list[K
         found = _width(entry)
         if origins and found is not None:
             bits, is_product = found
-            (own if is_product else others).append(Kernel(str(entry["Name"]), origins, bits))
+            sparse = _SPARSE.search(str(entry.get("TacticName", ""))) is not None
+            (own if is_product else others).append(Kernel(str(entry["Name"]), origins, bits, sparse))
     products = {call for kernel in own for call in kernel.calls}
     rest = (kernel._replace(calls=tuple(call for call in kernel.calls if call not in products)) for kernel in others)
     return own + [kernel for kernel in rest if kernel.calls]
@@ -97,6 +103,11 @@ def layer_reports(
             before = reports.get(layer, LayerReport(kernel.bits, 0.0))
             reports[layer] = LayerReport(max(kernel.bits, before.bits), before.share + share)
     return {layer: report for layer, report in reports.items() if layer not in missing}
+
+
+def sparse_layers(kernels: Iterable[Kernel]) -> set[str]:
+    """Layers with a call that a kernel for the pattern 2:4 computes."""
+    return {_layer(call) for kernel in kernels if kernel.sparse for call in kernel.calls}
 
 
 def _origins(entry: Mapping[str, Any]) -> list[str]:

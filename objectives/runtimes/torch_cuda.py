@@ -10,6 +10,9 @@ from torch import Tensor, fx
 from paretune.objectives.runtimes.base import LoadOptions
 from paretune.objectives.runtimes.torch_runtime import Function, Settings, TorchRuntime
 
+_CAPABILITY_SPARSE = (8, 0)
+"""Ampere: tensor cores that leave out two zeros of four."""
+
 
 class TorchCuda(TorchRuntime):
     """Operation by operation, replayed as one CUDA graph: loads in a moment, and is the fastest where Inductor isn't.
@@ -31,6 +34,10 @@ class TorchCuda(TorchRuntime):
         self, graph: fx.GraphModule, examples: Sequence[Tensor], options: LoadOptions
     ) -> tuple[Function, Settings]:
         return graph, {}
+
+    def _sparse_patterns(self, device: torch.device) -> tuple[str, ...]:
+        has_kernels = torch.backends.cusparselt.is_available()
+        return ("2:4",) if has_kernels and torch.cuda.get_device_capability(device) >= _CAPABILITY_SPARSE else ()
 
     def _channels_last(self, device: torch.device) -> bool:
         return True  # tensor cores convolve in no other format; cuDNN would convert before and after each layer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paretune.objectives.runtimes.torch_layers import quantized_linear
+from paretune.objectives.runtimes.torch_layers import SparseLinear, has_two_zeros_of_four, quantized_linear
 from paretune.objectives.runtimes.torch_program import Program, decode, resolve
 
 LAYER = "layer"
@@ -26,7 +26,7 @@ LAYER = "layer"
 
 _PRODUCT = re.compile(
     r"(::|\.)_?(mkldnn_|mkl_|cudnn_)?"
-    r"(q?conv(?!ert)|q?linear|addmm|baddbmm|int_mm|scaled_mm|weight_int4pack_mm|(b?mm|matmul|addmv|mv)\b|"
+    r"(q?conv(?!ert)|q?linear|addmm|baddbmm|int_mm|scaled_mm|cslt_sparse_mm|weight_int4pack_mm|(b?mm|matmul|addmv|mv)\b|"
     r"scaled_dot_product|lstm|gru|rnn)"
 )
 """Operations that multiply matrices, as PyTorch's dispatcher calls them: what a layer's width is read from."""
@@ -55,7 +55,9 @@ _TYPES = {
 """Element types as PyTorch's execution traces write them."""
 
 
-def lower(program: Program, dtype: torch.dtype, device: torch.device, *, channels_last: bool = False) -> fx.GraphModule:
+def lower(
+    program: Program, dtype: torch.dtype, device: torch.device, *, channels_last: bool = False, sparse: bool = False
+) -> fx.GraphModule:
     """The program on a device, all that isn't quantized in one float format; takes float32 inputs and gives float32.
 
     Weights, constants and inputs are converted, and so is whatever reaches a product in another float format. What
@@ -66,16 +68,20 @@ def lower(program: Program, dtype: torch.dtype, device: torch.device, *, channel
         dtype: float32, bfloat16 or float16.
         device: Where.
         channels_last: Convert images, volumes and the kernels of their convolutions to that memory format.
+        sparse: Run linear layers of 16 bits, and of int8, whose weights have two zeros of four on kernels for that.
     """
-    return _Lowering(program, dtype, device, channels_last).run()
+    return _Lowering(program, dtype, device, channels_last, sparse).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, channels_last: bool) -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, channels_last: bool, sparse: bool
+    ) -> None:
         self._program = program
         self._dtype = dtype
         self._device = device
         self._channels_last = channels_last
+        self._sparse = sparse
         self._root = nn.Module()
         self._graph = fx.Graph()
         self._nodes: dict[tuple[str, str], fx.Node] = {}
@@ -102,6 +108,9 @@ class _Lowering:
         layer = self._layer_of(target, args)
         if layer in self._program.layers:
             node = self._graph.call_module(self._quantized(layer), (decode(args[0], self._refer, self._device),))
+        elif self._sparse and target == "aten.linear.default" and self._has_pattern(args[1:]):
+            x = decode(args[0], self._refer, self._device)
+            node = self._graph.call_module(self._sparse_linear(args[1:]), (self._cast(x),))
         else:
             # Traced from one memory format, `view` may not be possible in another.
             function = resolve("aten.reshape.default" if target == "aten.view.default" else target)
@@ -145,7 +154,23 @@ class _Lowering:
         attribute = f"layer_{sorted(self._program.layers).index(layer)}"
         if not hasattr(self._root, attribute):
             numerics = self._program.layers[layer]
-            self._root.add_module(attribute, quantized_linear(layer, numerics, self._program.tensors, self._device))
+            made = quantized_linear(layer, numerics, self._program.tensors, self._device, sparse=self._sparse)
+            self._root.add_module(attribute, made)
+        return attribute
+
+    def _has_pattern(self, parameters: list[Any]) -> bool:
+        """Whether a linear operation's weight and bias, as in `Step.args`, are what `SparseLinear` takes."""
+        stored = all(isinstance(given, dict) and "tensor" in given for given in parameters)
+        if self._dtype == torch.float32 or not stored:
+            return False
+        return has_two_zeros_of_four(self._program.tensors[parameters[0]["tensor"]])
+
+    def _sparse_linear(self, parameters: list[Any]) -> str:
+        names, known = [given["tensor"] for given in parameters], sorted(self._program.tensors)
+        attribute = "_".join(["sparse", *(str(known.index(name)) for name in names)])
+        if not hasattr(self._root, attribute):
+            weight, *bias = (self._tensor(self._program.tensors[name]) for name in names)
+            self._root.add_module(attribute, SparseLinear(weight, bias[0] if bias else None, self._device))
         return attribute
 
     def _cast(self, node: fx.Node) -> fx.Node:

@@ -22,6 +22,53 @@ _CUDA_ROWS = 32
 """cuBLAS wants more than 16 rows for an int8 product; fewer are padded to this many."""
 
 
+class SparseLinear(nn.Module):
+    """A linear layer that leaves out the zeros of a weight with two of them among every four inputs (cuSPARSELt).
+
+    Args:
+        weight: (outputs, inputs), float16, bfloat16 or int8; see `has_two_zeros_of_four`.
+        bias: Of each output, in the weight's format, or None; None for int8.
+        device: A GPU from Ampere on.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        self._outputs = len(weight)
+        self._integer = weight.dtype == torch.int8
+        # What PyTorch's own class for such weights knows of the kernels' shapes.
+        tile, self._rows = (32, 16) if self._integer else (16, 8)
+        padded = _pad(weight, tile, tile)
+        self._inputs = padded.shape[1]
+        self.register_buffer("weight", torch._cslt_compress(padded.to(device)))
+        self.register_buffer("bias", None if bias is None else F.pad(bias, (0, len(padded) - len(bias))).to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product; int32 for int8."""
+        rows = x.reshape(-1, x.shape[-1])
+        padding = (0, self._inputs - rows.shape[1], 0, -len(rows) % self._rows)
+        dense = (F.pad(rows, padding) if any(padding) else rows).contiguous().t()
+        if self._integer:  # PyTorch's own tests ask for int32 in this way alone
+            product = torch._cslt_sparse_mm(self.weight, dense, out_dtype=torch.int32).t()
+        else:
+            product = torch._cslt_sparse_mm(self.weight, dense, bias=self.bias, transpose_result=True)
+        return product[: len(rows), : self._outputs].reshape(*x.shape[:-1], self._outputs)
+
+
+def has_two_zeros_of_four(weight: Tensor) -> bool:
+    """Whether at least two weights of every four neighbouring inputs are zero.
+
+    A last block with fewer inputs counts as filled up with zeros, as `SparseLinear` does.
+
+    Args:
+        weight: (outputs, inputs).
+    """
+    blocks = F.pad(weight, (0, -weight.shape[1] % 4)).reshape(-1, 4)
+    return bool((blocks.count_nonzero(dim=1) <= 2).all())
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose product runs in few bits; takes floats of any format and gives that format back.
 
@@ -55,14 +102,22 @@ class Int8Linear(QuantizedLinear):
         scale: Of each output, float32.
         bias: Of each output, float32, or None.
         device: Where it will run.
+        sparse: Run on the kernels of `SparseLinear` if the weight is for them.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, bias: Tensor | None, device: torch.device, *, sparse: bool = False
+    ) -> None:
         super().__init__(len(weight), bias)
         self._on_cuda = device.type == "cuda"
+        self._sparse: SparseLinear | None = None
+        if sparse and has_two_zeros_of_four(weight):
+            self._sparse = SparseLinear(weight, None, device)
+            self.register_buffer("scale", scale.flatten())
+            return
         padded = _pad(weight, 8, 8) if self._on_cuda else weight
         self.register_buffer("weight", padded)
         self.register_buffer("scale", F.pad(scale.flatten(), (0, len(padded) - len(weight))))
@@ -71,7 +126,9 @@ class Int8Linear(QuantizedLinear):
         rows = rows.float()
         scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-8)
         levels = (rows * scale.reciprocal()).round().clamp(-128, 127).to(torch.int8)
-        if self._on_cuda:
+        if self._sparse is not None:
+            product: Tensor = self._sparse(levels)
+        elif self._on_cuda:
             wider, longer = self.weight.shape[1] - rows.shape[1], max(0, _CUDA_ROWS - len(rows))
             product = torch._int_mm(F.pad(levels, (0, wider, 0, longer)), self.weight.t())[: len(rows)]
         else:
@@ -115,6 +172,7 @@ class Int4Linear(QuantizedLinear):
     Args:
         weight: Two weights a byte, as `torch_program.pack_pairs` packs them; (outputs, inputs / 2), uint8.
         scale: (outputs, inputs / block), float32.
+        zero: Likewise, the level that stands for 0.
         bias: Of each output, float32, or None.
         block: Inputs that share a scale: 32, 64, 128 or 256.
         device: Where it will run: the packing depends on it.
@@ -123,7 +181,9 @@ class Int4Linear(QuantizedLinear):
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, block: int, device: torch.device) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, block: int, device: torch.device
+    ) -> None:
         super().__init__(len(weight), bias)
         self._block = block
         self._on_cuda = device.type == "cuda"
@@ -134,9 +194,10 @@ class Int4Linear(QuantizedLinear):
             packed = torch._convert_weight_to_int4pack(padded.to(device), tiles)
         else:
             packed = torch._convert_weight_to_int4pack_for_cpu(unpack_pairs(padded), 1)
-        scales = F.pad(scale.t(), (0, len(padded) - len(weight))).to(torch.bfloat16)
+        pairs = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1)
+        pairs = F.pad(pairs, (0, 0, 0, len(padded) - len(weight))).to(torch.bfloat16)
         self.register_buffer("weight", packed)
-        self.register_buffer("scale", torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous())
+        self.register_buffer("scale", pairs.contiguous())
 
     def _multiply(self, rows: Tensor) -> Tensor:
         rows = rows.to(torch.bfloat16).contiguous()
@@ -145,7 +206,9 @@ class Int4Linear(QuantizedLinear):
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight, self._block, self.scale)
 
 
-def quantized_linear(name: str, numerics: Numerics, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+def quantized_linear(
+    name: str, numerics: Numerics, tensors: Mapping[str, Tensor], device: torch.device, *, sparse: bool = False
+) -> nn.Module:
     """The layer `name` of a model file, on its kernel.
 
     Args:
@@ -153,15 +216,17 @@ def quantized_linear(name: str, numerics: Numerics, tensors: Mapping[str, Tensor
         numerics: How its weight is stored.
         tensors: The file's.
         device: Where it will run.
+        sparse: Whether int8 weights with two zeros of four run on kernels for that.
     """
     weight, scale, bias = tensors[f"{name}.weight"], tensors[f"{name}.scale"], tensors.get(f"{name}.bias")
     made: nn.Module
     if numerics.block:
-        made = Int4Linear(weight, scale, bias, numerics.block, device)
+        zero = tensors.get(f"{name}.zero", torch.tensor(8))
+        made = Int4Linear(weight, scale, zero.float(), bias, numerics.block, device)
     elif numerics.number == "fp8":
         made = Fp8Linear(weight, scale, bias)
     else:
-        made = Int8Linear(weight, scale, bias, device)
+        made = Int8Linear(weight, scale, bias, device, sparse=sparse)
     return made.to(device)
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,10 @@ from paretune.objectives.compress.quantization import QuantizedLayer, block_size
 from paretune.objectives.data.inputs import Inputs, attention_in_parts, map_tensors, tensors
 from paretune.objectives.runtimes.onnx_export import input_names
 
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)
+"""The first had no `Numerics.alone`."""
+
 _KEY = "paretune.torch"
 _PREFIX = "model."
 
@@ -83,15 +86,19 @@ class Step:
 class Numerics:
     """How the weight of a quantized linear layer is stored: `<layer>.weight` on its grid, and `<layer>.scale`.
 
+    4-bit levels -8 to 7 are stored as 0 to 15, those of affine grids as they are, and `<layer>.zero` beside them.
+
     Attributes:
         bits: 8, or 4 where two weights share a byte.
         number: ``int`` or ``fp8``.
         block: Inputs that share a scale; None where each output has one.
+        alone: Whether the product is one of floats all the same: the weight, of any layer, is made one when it is read.
     """
 
     bits: int
     number: str
     block: int | None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,8 @@ class Program:
         inputs: In the order of the graph.
         steps: In the order of execution.
         output: What gives the output, as in `Step.args`.
-        layers: Quantized layers by module name.
-        tensors: Weights and constants by the module's own names.
+        layers: Layers whose product is quantized, by module name.
+        tensors: Weights and constants by the module's own names, floats where the product is one of floats.
     """
 
     inputs: tuple[Input, ...]
@@ -156,7 +163,6 @@ def write_program(module: nn.Module, inputs: Inputs, path: Path) -> None:
     references = {node: {"tensor": name.removeprefix(_PREFIX)} for node, name in names.items()}
     references |= {node: {"input": name} for node, name in places.items()}
     steps = _steps(exported.graph, references)
-    _check_alone(steps, layers)
     [output] = signature.user_outputs
     header = {
         "version": _VERSION,
@@ -180,17 +186,23 @@ def read_program(path: Path) -> Program:
     """
     with safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-        if header.get("version") != _VERSION:
-            rule = f"must hold a program of version {_VERSION}"
+        if header.get("version") not in _READABLE:
+            rule = f"must hold a program of version {' or '.join(map(str, _READABLE))}"
             raise JobError("artifact", rule, str(path), "load it with the version and runtime that wrote it")
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    layers = {name: Numerics(**numerics) for name, numerics in header["layers"].items()}
+    for name in [name for name, numerics in layers.items() if numerics.alone]:
+        del layers[name]
+        levels, scale, zero = (held[f"{name}.{part}"].float() for part in ("weight", "scale", "zero"))
+        shape = (-1, *[1] * (levels.dim() - 1))
+        held[f"{name}.weight"] = (levels - zero.reshape(shape)) * scale.reshape(shape)
     return Program(
         inputs=tuple(
             Input(given["name"], getattr(torch, given["dtype"]), tuple(given["shape"])) for given in header["inputs"]
         ),
         steps=tuple(Step(**step) for step in header["steps"]),
         output=header["output"],
-        layers={name: Numerics(**numerics) for name, numerics in header["layers"].items()},
+        layers=layers,
         tensors=held,
     )
 
@@ -303,21 +315,6 @@ def _steps(graph: torch.fx.Graph, references: dict[str, dict[str, str]]) -> list
     return steps
 
 
-def _check_alone(steps: list[Step], layers: Iterable[str]) -> None:
-    """Raise TrialError where a quantized weight isn't read by its own layer's products, and by these alone."""
-    own, others = (
-        json.dumps([step.args for step in steps if (step.target == "aten.linear.default") == is_linear])
-        for is_linear in (True, False)
-    )
-    for layer in layers:
-        weight = json.dumps({"tensor": f"{layer}.weight"})
-        if weight not in own or weight in others:
-            raise TrialError(
-                f"a quantized layer must have a weight of its own, but {layer} shares its weight with another module; "
-                "give it a float width"
-            )
-
-
 def _only_checks(node: torch.fx.Node) -> bool:
     """Assertions on sizes and formats of the example: the session's sizes are fixed, its formats may be others."""
     name = str(node.target).removeprefix("aten.")
@@ -341,43 +338,53 @@ def _plain(value: Any) -> str:
 
 
 def _take_quantized(module: nn.Module) -> tuple[dict[str, Numerics], dict[str, Tensor]]:
-    """Put plain linear layers in place of the quantized ones; gives their numerics and what is to be stored of them."""
+    """Put plain layers in place of the quantized ones; gives their numerics and what is to be stored of them."""
     layers: dict[str, Numerics] = {}
     stored: dict[str, Tensor] = {}
     for name, quantized in list(module.named_modules()):
         if not isinstance(quantized, QuantizedLayer):
             continue
         scheme, layer = quantized.scheme, cast(Any, quantized.layer)
+        alone = scheme.weights_alone and not scheme.block
         executed = scheme.activations == ("float" if scheme.block else "dynamic") and not scheme.outputs
-        if not isinstance(layer, nn.Linear) or not executed:
+        if not alone and not (isinstance(layer, nn.Linear) and executed):
             raise TrialError(
                 "PyTorch executes linear layers in 8 bits with dynamic activations, or with weights in blocks, but "
                 f"{name} ({type(layer).__name__}) was to run in {quantized.bits} bits with {scheme.activations} "
-                "activations; give it a float width"
+                "activations; give it a float width, or quantize weights alone (activations: float)"
             )
-        weight, scale = quantized.quantized_weight().detach(), quantized.weight_scale
-        stored[f"{name}.scale"] = scale.detach().reshape(len(weight), -1).clone()
-        levels = (weight.reshape(len(scale), -1) / scale[:, None]).reshape(weight.shape)
-        if scheme.number == "fp8":
-            stored[f"{name}.weight"] = levels.to(torch.float8_e4m3fn)
-        elif scheme.block:
-            stored[f"{name}.weight"] = pack_pairs(levels.round().to(torch.int8))
-        else:
-            stored[f"{name}.weight"] = levels.round().to(torch.int8)
+        block = block_size(layer.in_features, scheme.block) if scheme.block else None
+        layers[name] = Numerics(quantized.container, scheme.number, block, alone)
+        stored |= {f"{name}.{key}": tensor for key, tensor in _stored(quantized).items()}
         if layer.bias is not None:
             stored[f"{name}.bias"] = layer.bias.detach().clone()
-        block = block_size(layer.in_features, scheme.block) if scheme.block else None
-        layers[name] = Numerics(4 if scheme.block else 8, scheme.number, block)
         replace_module(module, name, layer)
     return layers, stored
 
 
+def _stored(quantized: QuantizedLayer) -> dict[str, Tensor]:
+    """The weight on its grid, its scales, and zero points where it may have some."""
+    scheme, scale = quantized.scheme, quantized.weight_scale.detach()
+    if scheme.number == "fp8":
+        weight = quantized.quantized_weight().detach()
+        return {"weight": (weight / scale[:, None]).to(torch.float8_e4m3fn), "scale": scale[:, None].clone()}
+    levels, zero = quantized.weight_levels(), quantized.weight_zero_point
+    if scheme.block:
+        found = {"weight": pack_pairs(levels if scheme.affine else levels + 8), "scale": scale}
+        found |= {"zero": zero.to(torch.uint8)} if scheme.affine else {}
+        return {key: tensor.reshape(len(levels), -1).clone() for key, tensor in found.items()}
+    levels = levels.to(torch.uint8 if scheme.affine else torch.int8)
+    if not scheme.weights_alone:
+        return {"weight": levels, "scale": scale[:, None].clone()}
+    return {"weight": levels, "scale": scale.clone(), "zero": zero.to(levels.dtype)}
+
+
 def pack_pairs(levels: Tensor) -> Tensor:
-    """Two weights of -8 to 7 a byte, the first in the upper half: (outputs, inputs) to (outputs, inputs / 2), uint8."""
-    shifted = (levels + 8).to(torch.uint8)
-    return (shifted[:, ::2] << 4) | shifted[:, 1::2]
+    """Two levels of 0 to 15 a byte, the first in the upper half: (outputs, inputs) to (outputs, inputs / 2), uint8."""
+    levels = levels.to(torch.uint8)
+    return (levels[:, ::2] << 4) | levels[:, 1::2]
 
 
 def unpack_pairs(packed: Tensor) -> Tensor:
-    """Undo `pack_pairs`, but for the shift: levels of 0 to 15, int32."""
+    """Undo `pack_pairs`; int32."""
     return torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1).to(torch.int32)

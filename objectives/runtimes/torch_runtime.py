@@ -29,6 +29,7 @@ from paretune.objectives.runtimes.base import (
 )
 from paretune.objectives.runtimes.cuda_graph import CapturedCall
 from paretune.objectives.runtimes.torch_graph import Watched, confirmed, executed_products, lower
+from paretune.objectives.runtimes.torch_layers import SparseLinear
 from paretune.objectives.runtimes.torch_program import Input, read_program, write_program
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +79,8 @@ class TorchRuntime(Runtime):
         floats = {32: "tf32" if self._tf32 else "f32"}
         if self._half == "fp16" or has_bf16(found):
             floats[16] = self._half
-        return Capabilities(floats, {"Linear": _integer_bits(found)}, linear_schemes(self._eight))
+        widths, schemes = {"Linear": _integer_bits(found)}, linear_schemes(self._eight)
+        return Capabilities(floats, widths, schemes, self._sparse_patterns(found))
 
     def deploy(self, module: nn.Module, inputs: Inputs, path: Path) -> None:
         write_program(module, inputs, path)
@@ -87,11 +89,14 @@ class TorchRuntime(Runtime):
         device = self._device(options.device)
         program = read_program(path)
         dtype = HALVES[self._half] if options.float_bits == 16 else torch.float32
-        graph = lower(program, dtype, device, channels_last=self._channels_last(device))
+        patterns = self.capabilities(options.device).sparse_patterns
+        graph = lower(program, dtype, device, channels_last=self._channels_last(device), sparse=bool(patterns))
         place = _Place(device, options.threads, self._tf32, program.inputs)
         examples = place.zeros(options.batch_size)
         formats = self.capabilities(options.device).float_formats
         settings: Settings = {"format": formats.get(options.float_bits, "f32"), "mode": "eager"}
+        if patterns:
+            settings["sparse_layers"] = sum(isinstance(module, SparseLinear) for module in graph.modules())
         watched = Watched(graph, place.synchronize)
         with place.ready():
             watched.watch(*examples)
@@ -119,6 +124,10 @@ class TorchRuntime(Runtime):
     @abstractmethod
     def _channels_last(self, device: torch.device) -> bool:
         """Whether the graph is to be put into that memory format."""
+
+    def _sparse_patterns(self, device: torch.device) -> tuple[str, ...]:
+        """Patterns of zeros that `torch_layers.SparseLinear` has kernels for on the device."""
+        return ()
 
     def _device(self, name: str) -> torch.device:
         """The device of that name, if this runtime has it and the options fit it."""

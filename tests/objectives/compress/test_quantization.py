@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from paretune.errors import TrialError
+from paretune.objectives.compress import Context
+from paretune.objectives.compress.batchnorm import fold_batchnorm
+from paretune.objectives.compress.lowrank import Factorized
 from paretune.objectives.compress.quantization import (
     QuantizedLayer,
     StaticQuantizer,
     freeze_quantizers,
     insert_quantizers,
+    quantize,
     quantize_rows,
+    why_float,
 )
 from paretune.objectives.compress.schemes import STATIC, Scheme, merge
+from paretune.objectives.data import Splits
+from paretune.objectives.tasks import Classification
 from paretune.spaces.graph import Forward
+from paretune.spaces.plan import Observer, Quantization
 from tests import nets
 
 LAYERS = [
@@ -30,8 +41,14 @@ LAYERS = [
 ]
 
 
-def frozen(layer: nn.Module, inputs: Tensor, bits: int = 8, scheme: Scheme = Scheme()) -> QuantizedLayer:  # noqa: B008
-    quantized = QuantizedLayer(layer, bits, scheme).eval()
+def frozen(
+    layer: nn.Module,
+    inputs: Tensor,
+    bits: int = 8,
+    scheme: Scheme = Scheme(),  # noqa: B008
+    observer: Observer = "minmax",
+) -> QuantizedLayer:
+    quantized = QuantizedLayer(layer, bits, scheme, observer=observer).eval()
     with torch.no_grad():
         quantized(inputs)
     quantized.freeze()
@@ -169,7 +186,8 @@ def test_autocast_doesnt_touch_the_grid() -> None:
 def test_insert_and_freeze() -> None:
     model = nets.PlainCNN().eval()
     kept = model.conv2
-    insert_quantizers(model, {"conv1": 8, "conv2": 16, "fc1": 4, "fc2": 32}, STATIC, on(nets.image(2, 1)))
+    bits = {"conv1": 8, "conv2": 16, "fc1": 4, "fc2": 32}
+    insert_quantizers(model, Quantization(bits=bits), STATIC, on(nets.image(2, 1)))
     wrapped = {name: module.bits for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     assert wrapped == {"conv1": 8, "fc1": 4}
     assert model.conv2 is kept
@@ -229,7 +247,8 @@ class Rectified(nn.Module):
 def test_outputs_are_quantized_where_the_scheme_says() -> None:
     torch.manual_seed(0)
     model = Rectified().eval()
-    insert_quantizers(model, dict.fromkeys(dict(model.named_children()), 8), OUTPUTS, on(nets.image()))
+    bits = dict.fromkeys(dict(model.named_children()), 8)
+    insert_quantizers(model, Quantization(bits=bits), OUTPUTS, on(nets.image()))
     layers = {name: part for name, part in model.named_children() if isinstance(part, QuantizedLayer)}
     ceilings = {name: part.output.ceiling for name, part in layers.items() if part.output is not None}
     assert ceilings == {"relu": float("inf"), "relu6": 6.0, "tanh": None, "read_twice": None}
@@ -295,15 +314,51 @@ def test_weights_in_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "inputs", "got"),
+    ("layer", "inputs"),
     [
-        pytest.param(nn.Linear(24, 4), torch.randn(2, 24), "0: 24", id="no whole number of blocks"),
-        pytest.param(nn.Conv2d(3, 32, 1), nets.image(), "0: it is a Conv2d", id="a convolution"),
+        pytest.param(nn.Linear(24, 4), torch.randn(2, 24), id="no whole number of blocks"),
+        pytest.param(nn.Conv2d(3, 32, 1), nets.image(), id="a convolution"),
     ],
 )
-def test_what_cant_be_parted_into_blocks_fails(layer: nn.Module, inputs: Tensor, got: str) -> None:
-    with pytest.raises(TrialError, match=got):
-        insert_quantizers(nn.Sequential(layer), {"0": 4}, {**STATIC, 4: Scheme("float", block=16)}, on(inputs))
+def test_what_cant_be_parted_into_blocks_takes_the_container_of_8_bits(layer: nn.Module, inputs: Tensor) -> None:
+    model = nn.Sequential(layer).eval()
+    insert_quantizers(model, Quantization(bits={"0": 4}), {**STATIC, 4: Scheme("float", block=16)}, on(inputs))
+    made = model[0]
+    assert isinstance(made, QuantizedLayer)
+    assert (made.scheme, made.bits, made.container) == (Scheme(), 4, 8)
+
+
+@pytest.mark.parametrize("owner", ["embed", "head"])
+def test_weights_that_another_module_reads_too_are_refused(owner: str) -> None:
+    modules: dict[str, nn.Module] = {"embed": nn.Embedding(20, 16), "head": nn.Linear(16, 20)}
+    modules["head"].weight = modules["embed"].weight
+    model = nn.Sequential()
+    for name in sorted(modules, key=lambda name: name != owner):
+        model.add_module(name, modules[name])
+    with pytest.raises(TrialError, match=r"head .* shares its weight with embed"):
+        insert_quantizers(model, Quantization(bits={"head": 8}), STATIC, on(nets.vector()))
+
+
+class Standardized(nn.Conv2d):
+    """Reads its weight otherwise than a convolution does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "reason"),
+    [
+        pytest.param(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), "0", "is a ConvTranspose2d", id="another kind"),
+        pytest.param(nn.Sequential(Standardized(3, 4, 2)), "0", "computes in a way of its own", id="own forward"),
+        pytest.param(weight_norm(nn.Linear(3, 4)), "", "computed from other parameters", id="weight norm"),
+        pytest.param(nn.MultiheadAttention(4, 2), "out_proj", "inside nn.MultiheadAttention", id="attention"),
+    ],
+)
+def test_layers_that_cant_be_quantized(model: nn.Module, name: str, reason: str) -> None:
+    with pytest.raises(TrialError, match=f"{name} must not be quantized: .*{reason}"):
+        insert_quantizers(model, Quantization(bits={name: 8}), STATIC, on(nets.image()))
+    assert why_float(nn.Sequential(nn.Linear(3, 4)), "0") is None
 
 
 def test_schemes_of_two_runtimes() -> None:
@@ -317,3 +372,174 @@ def test_schemes_of_two_runtimes() -> None:
 def test_blocks_shrink_to_part_the_inputs_evenly() -> None:
     quantized = frozen(nn.Linear(48, 2), torch.randn(4, 48), 4, Scheme(activations="float", block=32))
     assert quantized.weight_scale.shape == (2 * 3,), "three blocks of 16"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.detach()
+
+
+def error(quantized: QuantizedLayer) -> float:
+    return float((quantized.quantized_weight().detach() - weight_of(quantized.layer)).square().sum())
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_few_bits_have_no_more_levels(bits: int, affine: bool, observer: Observer) -> None:
+    torch.manual_seed(0)
+    scheme = Scheme("float", affine=affine, per_tensor=True)
+    quantized = frozen(nn.Linear(200, 100), torch.rand(2, 200), bits, scheme, observer)
+    levels = quantized.weight_levels()
+    assert (int(levels.min()) >= quantized.levels.least, int(levels.max()) <= quantized.levels.most) == (True, True)
+    assert len(levels.unique()) <= 2**bits
+    zeros = quantized.weight_zero_point.reshape(-1, 1)
+    scales = quantized.weight_scale.reshape(-1, 1)
+    assert torch.equal((levels - zeros) * scales, quantized.quantized_weight()), "what is stored is what is computed"
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme("float", affine=True), Scheme("float", block=16)])
+def test_one_scale_for_the_tensor(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 8)
+    layer.weight.data[3] *= 10
+    layer.bias.data[5] = 1e6  # whose scale must hold for all
+    inputs = torch.rand(4, 32)
+    many = frozen(copy.deepcopy(layer), inputs, 8, scheme)
+    one = frozen(layer, inputs, 8, replace(scheme, per_tensor=True))
+    assert len(many.weight_scale.unique()) > 1
+    assert [len(values.unique()) for values in (one.weight_scale, one.weight_zero_point)] == [1, 1]
+    assert one.weight_scale.shape == many.weight_scale.shape
+    if not scheme.affine:
+        assert float(one.weight_scale[0]) == float(many.weight_scale.max())
+
+
+def test_affine_weights_use_all_levels_on_one_side_of_zero() -> None:
+    layer = nn.Linear(50, 4)
+    layer.weight.data.abs_()
+    halves = [error(frozen(layer, torch.rand(2, 50), 4, Scheme("float", affine=affine))) for affine in (False, True)]
+    assert halves[1] < 0.4 * halves[0]
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_the_grid_of_clipped_weights_follows_in_training(observer: Observer) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(20_000, 2)
+    quantized = frozen(layer, torch.rand(1, 20_000), 4, Scheme("float", per_tensor=True), observer)
+    before = quantized.weight_scale.clone()
+    assert float(before[0]) < float(weight_of(layer).abs().max()) / 7
+    layer.weight.data *= 2
+    quantized.train()(torch.rand(1, 20_000))
+    torch.testing.assert_close(quantized.weight_scale, before * 2)
+    layer.weight.data[0, 0] = 1.0  # an outlier takes the range along until that is looked for again
+    quantized(torch.rand(1, 20_000))
+    assert float(quantized.weight_scale[0]) > 2 * float(before[0])
+    for _ in range(63):
+        quantized(torch.rand(1, 20_000))
+    torch.testing.assert_close(quantized.weight_scale, before * 2, rtol=0.25, atol=0.0)
+    after = quantized.weight_scale.clone()
+    quantized.eval().freeze()
+    assert torch.equal(quantized.weight_scale, after), "what the last steps were trained through stays"
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_outliers_of_activations_are_clipped(observer: Observer) -> None:
+    inputs = torch.rand(4, 50_000)
+    inputs[0, 0] = 3.0
+    layer = nn.Linear(50_000, 1)
+    widest, found = (static(frozen(layer, inputs, 8, observer=kind)) for kind in ("minmax", observer))
+    assert float(widest.high) == 3
+    assert float(found.high) < (1.01 if observer == "percentile" else 2.5)
+    assert float(found.scale) == pytest.approx(float(found.high) / 255)
+    scale = found.scale.clone()
+    found.freeze()
+    assert torch.equal(found.scale, scale), "calibrated once"
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_grids_before_a_rectifier_cover_what_it_lets_through(observer: Observer) -> None:
+    quantizer = StaticQuantizer(symmetric=False, ceiling=6.0, observer=observer)
+    quantizer(torch.linspace(-50, 10, 10_000))
+    quantizer.freeze()
+    assert (float(quantizer.low), int(quantizer.zero_point)) == (0.0, 0)
+    assert 5.5 < float(quantizer.high) <= 6.0
+
+
+@pytest.mark.parametrize(
+    ("width", "how", "scheme"),
+    [
+        pytest.param(8, {}, OUTPUTS[8], id="as the target wants"),
+        pytest.param(3, {}, OUTPUTS[8], id="few bits as 8"),
+        pytest.param(8, {"granularity": "per-tensor"}, replace(OUTPUTS[8], per_tensor=True), id="per tensor"),
+        pytest.param(4, {}, Scheme("float", block=32), id="blocks of the target"),
+        pytest.param(5, {"activations": "float"}, Scheme("float"), id="weights alone"),
+        pytest.param(8, {"activations": "float", "affine": True}, Scheme("float", affine=True), id="affine"),
+        pytest.param(
+            4, {"activations": "float", "affine": True}, Scheme("float", block=32, affine=True), id="affine in blocks"
+        ),
+    ],
+)
+def test_schemes_of_a_plan(width: int, how: dict[str, Any], scheme: Scheme) -> None:
+    model = nn.Sequential(nn.Linear(32, 4)).eval()
+    schemes = {**OUTPUTS, 4: Scheme("float", block=32)}
+    insert_quantizers(model, Quantization(bits={"0": width}, **how), schemes, on(torch.rand(2, 32)))
+    made = model[0]
+    assert isinstance(made, QuantizedLayer)
+    assert made.scheme == scheme
+
+
+def test_targets_without_a_common_scheme_can_have_weights_alone() -> None:
+    model = nn.Sequential(nn.Linear(32, 4)).eval()
+    with pytest.raises(TrialError, match="weights alone"):
+        insert_quantizers(model, Quantization(bits={"0": 8}), {}, on(torch.rand(2, 32)))
+    insert_quantizers(model, Quantization(bits={"0": 8}, activations="float"), {}, on(torch.rand(2, 32)))
+    assert isinstance(model[0], QuantizedLayer)
+
+
+def test_fp8_has_no_fewer_bits() -> None:
+    model = nn.Sequential(nn.Linear(32, 4)).eval()
+    schemes = {8: Scheme("dynamic", number="fp8")}
+    with pytest.raises(TrialError, match="8 bits where these are fp8 numbers, but got 5"):
+        insert_quantizers(model, Quantization(bits={"0": 5}), schemes, on(torch.rand(2, 32)))
+
+
+def test_factors_have_the_width_of_their_layer() -> None:
+    model = nn.Sequential(Factorized(nn.Linear(12, 2), nn.Linear(2, 12)), nn.ReLU(), nn.Linear(12, 3)).eval()
+    insert_quantizers(model, Quantization(bits={"0": 4, "2": 8}), STATIC, on(nets.vector()))
+    wrapped = {name: part.bits for name, part in model.named_modules() if isinstance(part, QuantizedLayer)}
+    assert wrapped == {"0.0": 4, "0.1": 4, "2": 8}
+
+
+def quantized_digits(trained: nn.Module, splits: Splits, config: Quantization) -> nn.Module:
+    """The trained model, quantized without training; with its batch norm folded."""
+    batches = list(splits.train.head(256).batches(64))
+    context = Context(splits.train.head(2).inputs, {}, Classification(), batches, STATIC)
+    return quantize(fold_batchnorm(trained, context.forward), config, context)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("activations", ["quantized", "float"])
+def test_8_bits_after_training_cost_less_than_a_point(
+    trained: nn.Module, digit_splits: Splits, observer: Observer, activations: Any
+) -> None:
+    bits = dict.fromkeys(("conv1", "conv2", "fc1", "fc2"), 8)
+    module = quantized_digits(
+        trained, digit_splits, Quantization(bits=bits, observer=observer, activations=activations)
+    )
+    inputs = torch.cat([digit_splits.validation.inputs, digit_splits.test.inputs])  # type: ignore[list-item]
+    targets = torch.cat([digit_splits.validation.targets, digit_splits.test.targets])
+    with torch.no_grad():
+        found, dense = ((net(inputs).argmax(1) == targets).float().mean() for net in (module, trained.eval()))
+    assert float(found) >= float(dense) - 0.01
+
+
+@pytest.mark.parametrize("granularity", ["per-channel", "per-tensor"])
+def test_mse_rounds_trained_weights_better(trained: nn.Module, digit_splits: Splits, granularity: Any) -> None:
+    bits = dict.fromkeys(("conv1", "conv2", "fc1", "fc2"), 4)
+    errors: list[list[float]] = []
+    for observer in ("minmax", "mse"):
+        config = Quantization(bits=bits, observer=observer, granularity=granularity)  # type: ignore[arg-type]
+        module = quantized_digits(trained, digit_splits, config)
+        errors.append([error(part) for part in module.modules() if isinstance(part, QuantizedLayer)])
+    assert all(mse <= minmax for minmax, mse in zip(*errors, strict=True))
+    assert sum(errors[1]) < 0.95 * sum(errors[0])

@@ -20,7 +20,9 @@ from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data import Inputs, Splits, call
 from paretune.objectives.runtimes import LoadOptions, Runtime, Session
 from paretune.objectives.runtimes.onnx_export import named_arrays
+from paretune.objectives.site import check_executed
 from paretune.spaces.graph import execution_order
+from paretune.spaces.plan import Quantization
 from tests import nets
 
 SeededInputs = Callable[[int], Inputs]
@@ -103,10 +105,25 @@ NETS = [
 ]
 
 
+HOWS = [
+    pytest.param({"granularity": "per-tensor"}, id="per tensor"),
+    pytest.param({"observer": "mse"}, id="few bits"),
+    pytest.param({"observer": "percentile", "granularity": "per-tensor"}, id="percentile"),
+    pytest.param({"activations": "float"}, id="weights alone"),
+    pytest.param({"activations": "float", "observer": "mse", "affine": True}, id="affine"),
+    pytest.param({"activations": "float", "affine": True, "granularity": "per-tensor"}, id="affine per tensor"),
+]
+"""Settings of `Quantization`."""
+
+
 def prepared(
-    build: Callable[[], nn.Module], inputs: Inputs, bits: dict[str, int] | int, schemes: Schemes = STATIC
+    build: Callable[[], nn.Module],
+    inputs: Inputs,
+    bits: dict[str, int] | int,
+    schemes: Schemes = STATIC,
+    **how: Any,
 ) -> nn.Module:
-    """A module as it is deployed: batch norm folded, quantizers calibrated and frozen."""
+    """A module as it is deployed: batch norm folded, quantizers calibrated and frozen; `how` as in `Quantization`."""
 
     def forward(model: nn.Module) -> Tensor:
         return call(model, inputs)
@@ -114,7 +131,8 @@ def prepared(
     torch.manual_seed(0)
     module = fold_batchnorm(build(), forward)
     names = execution_order(module, forward)
-    insert_quantizers(module, dict.fromkeys(names, bits) if isinstance(bits, int) else bits, schemes, forward)
+    asked = dict.fromkeys(names, bits) if isinstance(bits, int) else bits
+    insert_quantizers(module, Quantization(bits=asked, **how), schemes, forward)
     with torch.no_grad():
         call(module, inputs)
     freeze_quantizers(module)
@@ -348,6 +366,78 @@ class RuntimeContract:
             if block:
                 return width, block
         pytest.skip("the runtime has no weights in blocks")
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_every_way_to_quantize_predicts_as_the_trained_module(
+        self, runtime: Runtime, tmp_path: Path, trained: nn.Module, digit_splits: Splits, how: dict[str, Any]
+    ) -> None:
+        names = names_of(lambda: copy.deepcopy(trained), digit_splits.train.head(2).inputs)
+        kinds = {name: type(module).__name__ for name, module in trained.named_modules()}
+        integers, alone = runtime.capabilities(self.device).integer_bits, how.get("activations") == "float"
+        asked = {
+            name: bits if alone or 8 in integers.get(kinds[name], ()) else 32
+            for name, bits in zip(names, (8, 5, 3, 6), strict=True)
+        }
+        inputs = torch.cat([cast(Tensor, split.inputs) for split in (digit_splits.train, digit_splits.test)])
+        schemes = runtime.capabilities(self.device).schemes
+        module = prepared(lambda: copy.deepcopy(trained), inputs[:256], asked, schemes, **how)
+        session = self._load(runtime, module, inputs[:2], tmp_path / "model.onnx", len(inputs))
+        executed = check_executed(session.layers(), module, 32, names)
+        assert all(executed[name] == 32 if bits == 32 else executed[name] in (8, 32) for name, bits in asked.items())
+        if not alone:
+            assert all(executed[name] == 8 for name, bits in asked.items() if bits < 32), "in the container of 8 bits"
+        with torch.no_grad():
+            expected = module(inputs).argmax(1).numpy()
+        assert (session.run({"input": inputs.numpy()}).argmax(1) == expected).mean() >= 0.995
+
+    @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+    @pytest.mark.parametrize(("build", "inputs"), NETS)
+    def test_weights_alone_agree_with_the_module(
+        self, runtime: Runtime, tmp_path: Path, build: Callable[[], nn.Module], inputs: SeededInputs, affine: bool
+    ) -> None:
+        names = names_of(build, inputs(2))
+        asked = {name: 8 if index % 3 else 5 for index, name in enumerate(names)}
+        schemes = runtime.capabilities(self.device).schemes
+        module = prepared(build, inputs(2), asked, schemes, activations="float", affine=affine)
+        path = tmp_path / "model.onnx"
+        for float_bits, batch in zip(runtime.capabilities(self.device).float_bits, (3, 16), strict=False):
+            session = self._load(runtime, module, inputs(2), path, batch, float_bits)
+            check_executed(session.layers(), module, float_bits, names)
+            with torch.no_grad():
+                expected = call(module, inputs(batch)).numpy()
+            found = session.run(named_arrays(inputs(batch)))
+            # Kernels for such weights may round the inputs of linear layers too, to 8 bits in blocks.
+            assert np.abs(found - expected).mean() <= 1e-2 * np.ptp(expected)
+
+    def test_affine_weights_in_blocks_agree_with_the_module(self, runtime: Runtime, tmp_path: Path) -> None:
+        width, block = self._blocks(runtime)
+
+        def build() -> nn.Module:
+            model = Blocks(block)
+            for layer in (model.up, model.hidden):
+                layer.weight.data.abs_()  # no symmetric grid suits it
+            return model
+
+        schemes = runtime.capabilities(self.device).schemes
+        asked = {name: width for name in names_of(build, blocks(2, block)) if name != "conv"}
+        module = prepared(build, blocks(64, block), asked, schemes, activations="float", affine=True)
+        session = self._load(runtime, module, blocks(2, block), tmp_path / "model.onnx", 16)
+        assert {name: session.layers()[name].bits for name in asked} == asked
+        with torch.no_grad():
+            expected = module(blocks(16, block)).numpy()
+        found = session.run(named_arrays(blocks(16, block)))
+        assert np.abs(found - expected).mean() <= 1e-2 * np.ptp(expected)
+
+    def test_files_with_quantized_weights_are_small_whatever_runs(self, runtime: Runtime, tmp_path: Path) -> None:
+        def build() -> nn.Module:
+            return nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, 64))
+
+        schemes, sizes = runtime.capabilities(self.device).schemes, []
+        for bits in (32, 8):
+            module = prepared(build, nets.image(), bits, schemes, activations="float")
+            runtime.deploy(module, nets.image(), tmp_path / f"{bits}")
+            sizes.append((tmp_path / f"{bits}").stat().st_size)
+        assert sizes[1] < 0.3 * sizes[0]
 
     def test_profile_gives_every_layer_its_share(self, runtime: Runtime, tmp_path: Path) -> None:
         module = self.prepared(runtime, nets.Residual, nets.image(), 32)

@@ -14,10 +14,12 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from paretune.errors import TrialError
 from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.compress.schemes import STATIC, Scheme
 from paretune.objectives.data import Inputs
 from paretune.objectives.runtimes.onnx_export import export_onnx, input_names, named_arrays
+from paretune.objectives.runtimes.onnx_graph import fold_alone
 from tests import nets
 from tests.objectives.runtimes.contract import Blocks, blocks, prepared
 
@@ -132,6 +134,32 @@ def test_weights_in_blocks_are_int4(tmp_path: Path) -> None:
         np.testing.assert_allclose(weight.T, expected, rtol=1e-5)
     assert not any(name.startswith("model.up") and name.endswith("weight") for name in stored), "no float copy is left"
     assert producers[products["again"].input[1]] is producers[products["again#2"].input[1]], "stored once"
+
+
+def test_quantized_weights_that_arent_exported(tmp_path: Path) -> None:
+    module = nets.MLP().eval()
+    module.add_module("idle", QuantizedLayer(nn.Linear(4, 4), 8, Scheme("float")).eval())
+    with pytest.raises(TrialError, match="idle's isn't"):
+        export_onnx(module, nets.vector(), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_weights_alone_are_marked_and_can_be_folded(tmp_path: Path, affine: bool) -> None:
+    module = prepared(nets.Residual, nets.image(), 6, activations="float", affine=affine)
+    export_onnx(module, nets.image(), tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (0, 7)
+    stored = {numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer if "levels" in tensor.name}
+    assert stored == {np.dtype(np.uint8 if affine else np.int8)}
+    assert fold_alone(model.graph)
+    assert not any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name, part in module.named_modules():
+        if isinstance(part, QuantizedLayer):
+            expected = part.quantized_weight().detach().numpy()
+            np.testing.assert_array_equal(weights[f"model.{name}.layer.weight"], expected)
+    assert not fold_alone(model.graph), "nothing is left to fold"
 
 
 def silent() -> nn.Module:

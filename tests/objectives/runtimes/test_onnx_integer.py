@@ -158,7 +158,7 @@ def test_biases_are_integers_in_units_of_both_scales(tmp_path: Path) -> None:
         assert levels.dtype == np.int32
         expected = values[f"model.{layer}.layer.bias"]
         np.testing.assert_allclose(levels * scale, expected, atol=float(scale.max()) / 2, rtol=0)
-        units = values[f"model.{layer}.input.scale"] * values[f"model.{layer}.weight_scale"]
+        units = values[f"model.{layer}.input.scale"] * values[f"model.{layer}.layer.weight.scale"]
         np.testing.assert_array_equal(scale, units)
 
 

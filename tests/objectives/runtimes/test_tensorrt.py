@@ -97,6 +97,18 @@ def test_what_is_compiled_has_one_batch_size(tmp_path: Path, float_bits: int) ->
     assert run(model, named_arrays(nets.image_and_numbers(5))).shape == (5, 3)
 
 
+@pytest.mark.parametrize("float_bits", [32, 16])
+def test_weights_that_alone_are_quantized_are_compiled_as_floats(tmp_path: Path, float_bits: int) -> None:
+    module = prepared(nets.Residual, nets.image(8), 6, SCHEMES, activations="float", affine=True)
+    TensorRT().deploy(module, nets.image(), tmp_path / "m.onnx")
+    model = TensorRT().typed(onnx.load(tmp_path / "m.onnx"), LoadOptions(8, float_bits=float_bits))
+    assert not any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    with torch.no_grad():
+        expected = call(module, nets.image(8)).numpy()
+    found = run(model, named_arrays(nets.image(8)))
+    assert np.abs(found - expected).max() <= (1e-4 if float_bits == 32 else 2e-2) * np.ptp(expected)
+
+
 def without_a_gpu() -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"

@@ -99,7 +99,7 @@ class StandIn(ModuleType):
     ILogger = type("ILogger", (), {"Severity": SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)})
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
-    BuilderFlag = SimpleNamespace(TF32="tf32")
+    BuilderFlag = SimpleNamespace(TF32="tf32", SPARSE_WEIGHTS="sparse weights")
 
     def __init__(self) -> None:
         super().__init__("tensorrt")
@@ -160,11 +160,11 @@ def test_an_engine_is_built_once(tmp_path: Path, package: StandIn) -> None:
     for _ in range(2):
         assert load(b"model", EngineCache(tmp_path)) == b"plan of model"
     assert package.built == [b"model"]
-    assert package.flags == set()
+    assert package.flags == {"sparse weights"}
     load(b"model", EngineCache(tmp_path), tf32=True)
     load(b"another", EngineCache(tmp_path), tf32=True)
     assert package.built == [b"model", b"model", b"another"]
-    assert package.flags == {"tf32"}
+    assert package.flags == {"sparse weights", "tf32"}
 
 
 def test_an_engine_that_cant_be_loaded_is_built_anew(tmp_path: Path, package: StandIn) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from paretune.objectives.runtimes.base import LayerReport
-from paretune.objectives.runtimes.tensorrt_report import Kernel, find_kernels, layer_reports
+from paretune.objectives.runtimes.tensorrt_report import Kernel, find_kernels, layer_reports, sparse_layers
 
 INT8 = "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32"
 CONV = {"LayerType": "CaskConvolution", "ParameterType": "Convolution"}
@@ -90,6 +90,22 @@ def test_a_documented_description() -> None:
       "Metadata": "[ONNX Layer: conv1 | a property]\u001e[ONNX Layer: /bn]"
     }], "Bindings": ["a", "b"]}"""
     assert find_kernels(json.loads(text), {"conv1", "fc"}) == [Kernel("conv1 + bn", ("conv1",), 8)]
+
+
+@pytest.mark.parametrize(
+    ("tactic", "sparse"),
+    [
+        ("sm80_xmma_fprop_sparse_conv_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x128x64_sptensor16x8x32", True),
+        ("sm80_xmma_fprop_avdt_sparse_int8int8_nhwc", True),
+        ("sm80_xmma_fprop_avdt_dense_int8int8_nhwc", False),
+        (INT8, False),
+    ],
+)
+def test_a_tactics_name_says_whether_zeros_are_left_out(tactic: str, sparse: bool) -> None:
+    # That the weights have the pattern doesn't say that a kernel makes use of it.
+    entry = kernel("conv1 conv2#2", TacticName=tactic, HasSparseWeights=1, Inputs=[tensor("Half")])
+    found = find_kernels({"Layers": [entry, kernel("fc")]}, {"conv1", "conv2#2", "fc"})
+    assert sparse_layers(found) == ({"conv1", "conv2"} if sparse else set())
 
 
 def test_the_product_counts_before_what_follows_it() -> None:

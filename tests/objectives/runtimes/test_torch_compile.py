@@ -74,6 +74,16 @@ def test_what_is_measured_computes_what_is_scored(
         assert (found.argmax(1) == module(pictures).argmax(1).numpy()).mean() >= 0.99
 
 
+def test_weights_alone_are_compiled_as_floats(trained: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    asked = {"conv1": 8, "conv2": 3, "fc1": 8, "fc2": 6}
+    module = prepared(lambda: copy.deepcopy(trained), pictures, asked, CPU.schemes, activations="float")
+    session = load(module, pictures, tmp_path / "model.safetensors", LoadOptions(len(pictures)))
+    assert {name: report.bits for name, report in session.layers().items()} == dict.fromkeys(asked, 32)
+    with torch.no_grad():
+        expected = module(pictures).numpy()
+    np.testing.assert_allclose(session.run({"input": pictures.numpy()}), expected, atol=1e-4 * np.ptp(expected))
+
+
 def test_compiled_sessions_load_alike_and_keep_their_outputs_apart(tmp_path: Path) -> None:
     module, arrays = prepared(nets.MLP, nets.vector(), 32), named_arrays(nets.vector(4))
     before = torch.get_num_threads()

@@ -13,7 +13,8 @@ from paretune.objectives.runtimes import LoadOptions, Runtime
 from paretune.objectives.runtimes.onnx_export import named_arrays
 from paretune.objectives.runtimes.torch_compile import TorchCompile
 from paretune.objectives.runtimes.torch_cuda import TorchCuda
-from paretune.objectives.runtimes.torch_graph import lower
+from paretune.objectives.runtimes.torch_graph import Watched, count_products, lower
+from paretune.objectives.runtimes.torch_layers import SparseLinear
 from paretune.objectives.runtimes.torch_program import read_program, write_program
 from paretune.objectives.runtimes.torch_runtime import _CudaSession, _Place, linear_schemes
 from tests import nets
@@ -100,3 +101,78 @@ def test_calls_that_arent_graphs_compute_the_same(tmp_path: Path) -> None:
         expected = module(*nets.image_and_numbers(4)).numpy()
     session.bind(arrays)()
     np.testing.assert_allclose(session.run(arrays), expected, atol=1e-6)
+
+
+class Sparse(torch.nn.Module):
+    """Linear layers with two zeros of four, one called twice, two with one weight, and one dense; inputs (N, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = torch.nn.Linear(16, 16)
+        self.tied = torch.nn.Linear(16, 16)
+        self.bare = torch.nn.Linear(16, 8, bias=False)
+        self.head = torch.nn.Linear(8, 3)
+        for layer in (self.twice, self.bare):
+            layer.weight.data[:, 1::4] = 0
+            layer.weight.data[:, 2::4] = 0
+        self.tied.weight = self.twice.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.twice(x).relu()).relu()
+        return self.head(self.bare(self.tied(x).relu()))
+
+
+def test_layers_with_the_pattern_get_sparse_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's dense kernels in the place of the GPU's."""
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+    monkeypatch.setattr(
+        torch,
+        "_cslt_sparse_mm",
+        lambda weight, dense, bias=None, transpose_result=True: torch.nn.functional.linear(dense.t(), weight, bias),
+    )
+    torch.manual_seed(0)
+    module, x = Sparse().eval(), nets.vector(4, 16)
+    write_program(module, x, tmp_path / "model.safetensors")
+    program, cpu = read_program(tmp_path / "model.safetensors"), torch.device("cpu")
+
+    def made(dtype: torch.dtype, sparse: bool) -> tuple[torch.fx.GraphModule, int]:
+        graph = lower(program, dtype, cpu, sparse=sparse)
+        return graph, sum(isinstance(part, SparseLinear) for part in graph.modules())
+
+    graph, count = made(torch.bfloat16, True)
+    assert count == 3, "the layer that is called twice has one"
+    watched = Watched(graph)
+    with torch.no_grad():
+        watched.watch(x)
+        assert {"bare", "head"} < watched.layers.keys(), "the tied weight is called after one of its layers"
+        assert set(watched.layers.values()) == {16}
+        torch.testing.assert_close(graph(x), made(torch.bfloat16, False)[0](x))
+    assert made(torch.bfloat16, False)[1] == 0
+    assert made(torch.float32, True)[1] == 0, "there are no such kernels"
+
+
+@pytest.mark.parametrize("operation", ["aten._cslt_sparse_mm.default", "aten::_cslt_sparse_mm"])
+def test_sparse_products_are_seen(operation: str) -> None:
+    nodes = {
+        1: {"name": operation, "ctrl_deps": 0, "inputs": {"types": ["Tensor(c10::Half)", "Tensor(c10::Half)"]}},
+        2: {"name": operation, "ctrl_deps": 0, "inputs": {"types": ["Tensor(signed char)", "Tensor(signed char)"]}},
+    }
+    assert count_products(nodes) == {16: 1, 8: 1}
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_sparse_layers_run_on_sparse_kernels(tmp_path: Path) -> None:
+    runtime = TorchCuda()
+    if not runtime.capabilities("cuda").sparse_patterns:
+        pytest.skip("needs cuSPARSELt and Ampere")
+    torch.manual_seed(0)
+    module, x = Sparse().eval(), nets.vector(4, 16)
+    runtime.deploy(module, x, tmp_path / "model.safetensors")
+    session = runtime.load(tmp_path / "model.safetensors", LoadOptions(4, device="cuda", float_bits=16))
+    assert session.settings["sparse_layers"] == 3
+    assert {report.bits for report in session.layers().values()} == {16}
+    with torch.no_grad():
+        expected = module(x).numpy()
+    session.bind(named_arrays(x))()
+    assert np.abs(session.run(named_arrays(x)) - expected).max() <= 2e-2 * np.ptp(expected)

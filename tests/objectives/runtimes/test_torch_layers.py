@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from paretune.objectives.compress.quantization import QuantizedLayer, fits
 from paretune.objectives.runtimes.torch_graph import Watched
-from paretune.objectives.runtimes.torch_layers import quantized_linear
+from paretune.objectives.runtimes.torch_layers import SparseLinear, has_two_zeros_of_four, quantized_linear
 from paretune.objectives.runtimes.torch_program import Numerics, _take_quantized
 from paretune.objectives.runtimes.torch_runtime import linear_schemes
 
@@ -97,3 +99,107 @@ def test_schemes_know_the_smallest_block_of_the_kernels() -> None:
     assert scheme.block == scheme.least_block == 32
     assert not fits(nn.Linear(48, 8), scheme), "the kernels know no blocks of 16"
     assert fits(nn.Linear(96, 8), scheme)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[1, 0, 0, 2]], True),
+        ([[1, 0, 0, 2, 0, 0, 0, 0]], True),
+        ([[1, 0, 3, 2]], False),
+        ([[1, 0, 0, 2], [1, 2, 3, 0]], False),
+        ([[0, 0, 1, 1, 1, 1, 0, 0]], True),
+        ([[0, 1, 1, 1, 1, 0, 0, 0]], False),
+        ([[1, 0, 0, 2, 5, 6]], True),
+        ([[1, 0, 0, 2, 5, 6, 7]], False),
+    ],
+)
+def test_the_pattern_is_found_in_the_weights(rows: list[list[int]], expected: bool) -> None:
+    for dtype in (torch.bfloat16, torch.int8):
+        assert has_two_zeros_of_four(torch.tensor(rows, dtype=dtype)) is expected
+
+
+def sparse_weight(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Small whole numbers, which all formats multiply exactly, two of every four inputs zero."""
+    weight = torch.randint(1, 8, (outputs, inputs), generator=torch.Generator().manual_seed(0))
+    weight[:, ::4] = 0
+    weight[:, 3::4] = 0
+    return weight.to(dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of cuSPARSELt's: they compute the same, and take the shapes and strides alone that those do."""
+
+    def compress(weight: Tensor) -> Tensor:
+        tile = 32 if weight.dtype == torch.int8 else 16
+        assert weight.is_contiguous()
+        assert all(size % tile == 0 for size in weight.shape)
+        assert has_two_zeros_of_four(weight)
+        return weight
+
+    def multiply(
+        weight: Tensor,
+        dense: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        transpose_result: bool = False,
+    ) -> Tensor:
+        integer = weight.dtype == torch.int8
+        assert dense.t().is_contiguous()
+        assert dense.shape[1] % (16 if integer else 8) == 0
+        assert dense.dtype == weight.dtype
+        assert out_dtype == (torch.int32 if integer else None)
+        if integer:
+            return torch._int_mm(dense.t().contiguous(), weight.t()).t()
+        assert transpose_result
+        return nn.functional.linear(dense.t(), weight, bias)
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", [(1, 12), (8, 12), (40, 32), (2, 5, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sparse_layers_pad_what_their_kernels_dont_take(shape: tuple[int, ...], bias: bool) -> None:
+    weight = sparse_weight(6, shape[-1], torch.bfloat16)
+    added = torch.arange(6).bfloat16() if bias else None
+    x = torch.randint(-4, 4, shape).bfloat16()
+    found = SparseLinear(weight, added, torch.device("cpu"))(x)
+    assert torch.equal(found, nn.functional.linear(x, weight, added))
+    strided = torch.randint(-4, 4, (shape[-1], 16)).bfloat16().t()
+    found = SparseLinear(weight, added, torch.device("cpu"))(strided)
+    assert torch.equal(found, nn.functional.linear(strided, weight, added))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", [(1, 12), (40, 12), (2, 5, 12)])
+def test_sparse_int8_is_what_was_trained(shape: tuple[int, ...]) -> None:
+    module = quantized(12, 6, 8)
+    layer = module[0].layer  # type: ignore[index]
+    layer.weight.data *= sparse_weight(6, 12, torch.float32).clamp(max=1)
+    module[0].freeze()  # type: ignore[index]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layers, stored = _take_quantized(copy.deepcopy(module))
+    for sparse in (True, False):
+        kernel = quantized_linear("0", layers["0"], stored, torch.device("cpu"), sparse=sparse)
+        assert any(isinstance(part, SparseLinear) for part in kernel.modules()) is sparse
+        with torch.no_grad():
+            torch.testing.assert_close(kernel(x), module(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("shape", "outputs"), [((1, 12), 6), ((40, 64), 32), ((2, 5, 48), 20)])
+def test_sparse_kernels_multiply(dtype: torch.dtype, shape: tuple[int, ...], outputs: int) -> None:
+    if not torch.backends.cusparselt.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs cuSPARSELt and Ampere")
+    weight, x = sparse_weight(outputs, shape[-1], dtype), torch.randint(-4, 4, shape).to(dtype)
+    bias = None if dtype == torch.int8 else torch.arange(outputs).to(dtype)
+    layer = SparseLinear(weight, bias, torch.device("cuda")).cuda()
+    expected = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    found = layer(x.cuda())
+    assert found.dtype == (torch.int32 if dtype == torch.int8 else dtype)
+    torch.testing.assert_close(found.cpu().float(), expected, atol=0, rtol=1e-2)
