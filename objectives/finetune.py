@@ -3,200 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
-from operator import itemgetter
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from paretune.errors import JobError, TrialError
-from paretune.objectives.accelerator import float_format, memory_budget, training_device, use_tf32
-from paretune.objectives.data.inputs import Inputs, call, map_tensors, tensors
+from paretune.objectives.accelerator import float_format, training_device, use_tf32
+from paretune.objectives.data.inputs import call, map_tensors
 from paretune.objectives.data.residency import is_resident, to_device
-from paretune.objectives.data.splits import MEMORY_LIMIT_BYTES, Batch, Splits
-from paretune.objectives.tasks import Task
+from paretune.objectives.data.splits import Batch
+from paretune.objectives.distillation import AttachedHints
+from paretune.objectives.gradient import Gradient, parts
+from paretune.objectives.optimization import Average, Positions, make_optimizer, pace, set_pace
+from paretune.objectives.training import Training, TrainingReport, TrainOptions
 from paretune.spaces.plan import Finetuning
+
+__all__ = ["TrainOptions", "Training", "TrainingReport", "check_training", "fit"]
 
 _STEPS_AHEAD = 20
 """Steps that are queued on a GPU before the CPU waits for them, to look at their losses and to let a measurement go
 first: at every step, the GPU would stand idle while the CPU prepares the next one."""
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a job fixes for all of its trials.
-
-    Attributes:
-        epochs: Passes over the training split; may be a fraction.
-        batch_size: Samples a step.
-        optimizer: AdamW, or SGD with Nesterov momentum 0.9.
-        weight_decay: Of the optimizer.
-        warmup: Share of the steps in which the learning rate rises linearly; it then falls as a cosine to 0.
-        gradient_clip: Largest norm of the gradient; None for no limit.
-        device: What trains: ``auto`` (the first GPU, or the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: Of autocast. ``auto`` is bfloat16 where the device has instructions for it; float16 needs a GPU.
-        tf32: Whether a GPU may compute what stays float32 in TF32 (10 bits of mantissa).
-        channels_last: Memory format of image batches. ``auto`` is True.
-        quantized_share: Share of the steps that train through the quantizers, in [0, 1].
-        calibration_batches: Batches for importances and the ranges of activations.
-    """
-
-    epochs: float = 1.0
-    batch_size: int = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 1e-4
-    warmup: float = 0.1
-    gradient_clip: float | None = 1.0
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tf32: bool = True
-    channels_last: bool | Literal["auto"] = "auto"
-    quantized_share: float = 0.3
-    calibration_batches: int = 4
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What a training really ran on.
-
-    Attributes:
-        device: ``cpu`` or ``cuda:N``.
-        precision: Of autocast; float32 is none.
-        tf32: Whether TF32 was allowed; never on a CPU.
-        micro_batch: Samples that went through the model at a time; less than the batch size after the GPU's memory
-            didn't suffice.
-        resident: Whether the training split lay in the memory of the device.
-    """
-
-    device: str
-    precision: str
-    tf32: bool
-    micro_batch: int
-    resident: bool
-
-
-class Teacher:
-    """Gives the teacher's outputs for training batches, computing those of unaugmented samples only once.
-
-    It computes, and keeps its outputs, on the device of the inputs; the model is moved there at the first call.
-
-    Args:
-        model: In eval mode.
-        samples: Length of the training split.
-        cached: Whether a sample's inputs are the same every time. Outputs that would take more than 2 GiB, or half of
-            what is left of a GPU's memory, are computed anew each time all the same.
-    """
-
-    def __init__(self, model: nn.Module, samples: int, *, cached: bool) -> None:
-        self._model = model.eval()
-        self._samples = samples
-        self._cached = cached
-        self._device: torch.device | None = None
-        self._outputs: Tensor | None = None
-        self._known: Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self, indices: Tensor, inputs: Inputs) -> Tensor:
-        """Outputs for a batch; `indices`, on the CPU, are its samples' positions in the training split."""
-        if not self._cached:
-            return self._compute(inputs)
-        if self._outputs is None or self._known is None or not bool(self._known[indices].all()):
-            outputs = self._compute(inputs)
-            if self._outputs is None or self._known is None:
-                limit = min(MEMORY_LIMIT_BYTES, memory_budget(outputs.device))
-                if self._samples * outputs[0].numel() * 4 > limit:
-                    self._cached = False
-                    return outputs
-                self._outputs = outputs.new_zeros((self._samples, *outputs.shape[1:]))
-                # On the CPU, as the indices are: a look at it mustn't wait for a GPU.
-                self._known = torch.zeros(self._samples, dtype=torch.bool)
-            self._outputs[indices.to(outputs.device, non_blocking=True)] = outputs
-            self._known[indices] = True
-        return self._outputs[indices.to(self._outputs.device, non_blocking=True)]
-
-    def _compute(self, inputs: Inputs) -> Tensor:
-        device = next(iter(tensors(inputs).values())).device
-        if device != self._device:
-            self._model.to(device)
-            self._device = device
-        return call(self._model, inputs).float()
-
-
-@dataclass(frozen=True)
-class Training:
-    """Everything of a training run but the model: data, task, teacher and options.
-
-    Attributes:
-        splits: Only `train` is read, and `augment`, which gets inputs on the training device.
-        task: Gives the losses.
-        options: The job's choices.
-        teacher: None trains on the targets alone.
-        after_step: Called between steps when the device has nothing left to do, e.g. to let a measurement go first:
-            after every step on a CPU, every 20 on a GPU.
-    """
-
-    splits: Splits
-    task: Task
-    options: TrainOptions
-    teacher: Teacher | None = None
-    after_step: Callable[[], None] = lambda: None
-
-    def steps(self, epochs: float) -> int:
-        """Steps in so many epochs, at least 1."""
-        return max(1, round(epochs * max(1, len(self.splits.train) // self.options.batch_size)))
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """Training batches without end, shuffled anew each epoch, augmented; equal seeds give equal batches.
-
-        Inputs and targets are on the training device, the indices on the CPU. The indices don't depend on the device;
-        the augmentation's random numbers do.
-        """
-        device = training_device(self.options.device)
-        generator = torch.Generator(device).manual_seed(seed)
-        epoch = 0
-        while True:
-            order = self.splits.train.batches(self.options.batch_size, shuffle_seed=seed + epoch, drop_last=True)
-            for batch in to_device(order, device):
-                inputs = self.splits.augment(batch.inputs, generator) if self.splits.augment else batch.inputs
-                yield batch._replace(inputs=inputs)
-            epoch += 1
-
-
-def check_training(model: nn.Module, splits: Splits, options: TrainOptions) -> None:
-    """See before anything is spent that the training device is there, and that model and augmentation run on it.
+def check_training(model: nn.Module, training: Training) -> None:
+    """See before anything is spent that the training device is there, and that what a training asks for works on it.
 
     Args:
         model: The dense model, which is known to run on the CPU; it is moved.
-        splits: Two samples of `train` are tried.
-        options: The job's choices.
+        training: Two samples of its data are tried.
 
     Raises:
-        JobError: Something of it isn't so.
+        JobError: Something of it doesn't.
     """
+    options = training.options
     device = training_device(options.device)
     float_format(options.precision, device)
-    inputs = next(to_device(splits.train.head(2).batches(2), device)).inputs
-    if splits.augment is not None:
-        generator = torch.Generator(device).manual_seed(0)
-        remedy = "give the tensors and random numbers that it makes the inputs' device (device=generator.device)"
-        with _runs_on(device, "data.source", "give an augment function that runs", remedy):
-            inputs = splits.augment(inputs, generator)
+    task = training.task.smoothed(options.label_smoothing)
+    batch = next(to_device(training.splits.train.head(2).batches(2), device))
+    generator = torch.Generator(device).manual_seed(0)
+    remedy = "give the tensors and random numbers that it makes the inputs' device (device=generator.device)"
+    with _works_on(device, "data.source", "give an augment function that runs", remedy):
+        batch = training.augment(batch, generator)
     if device.type != "cpu":
         remedy = "register the tensors that it makes as buffers, use a smaller model, or set finetune.device: cpu"
-        with _runs_on(device, "model", "run", remedy), torch.no_grad():
-            call(model.to(device).eval(), inputs)
+        with _works_on(device, "model", "run", remedy), torch.no_grad():
+            call(model.to(device).eval(), batch.inputs)
+    if options.compile:
+        remedy = "set finetune.compile: false"
+        with _works_on(device, "finetune.compile", "be possible", remedy), _compiled(model.train()) as forward:
+            torch.autograd.backward(task.loss(call(forward, batch.inputs), batch.targets))
 
 
 @contextmanager
-def _runs_on(device: torch.device, where: str, what: str, remedy: str) -> Iterator[None]:
+def _works_on(device: torch.device, where: str, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
+    except JobError:
+        raise
     except Exception as error:
-        raise JobError(where, f"must {what} on {device}", f"{type(error).__name__}: {error}", remedy) from error
+        raise JobError(where, f"must {what} on {device}", _reason(error), remedy) from error
 
 
 def fit(
@@ -208,83 +79,161 @@ def fit(
     total: int,
     *,
     micro_batch: int | None = None,
+    ties: Sequence[Callable[[], None]] = (),
 ) -> TrainingReport:
     """Train `model` in place for the steps of `schedule` out of `total`, and leave it in eval mode.
 
     A training may come in parts (float first, then through the quantizers): each part continues the learning-rate
-    schedule, and the batches, where the one before stopped. The model is moved to the training device, and afterwards
-    back to where it was.
+    schedule, and the batches, where the one before stopped, with an optimizer and an average of its own. The model is
+    moved to the training device, and afterwards back to where it was.
 
     Args:
         model: In any mode, on any device.
-        training: Data, task, teacher, options.
-        config: Learning rate, temperature and distillation weight.
+        training: Data, task, teacher, hints, options.
+        config: Learning rate, temperature, weights of distillation and hints.
         batches: `Training.batches`.
-        schedule: Positions of the steps.
+        schedule: Positions of the steps; at a plateau of the loss not all of them are run.
         total: Length of the whole schedule.
         micro_batch: Samples that go through the model at a time, as the part before reported; None tries whole batches.
+        ties: Called in each step when the gradients are there, before they are clipped and the weights move. They may
+            change gradients: weights that are zero or equal, and whose gradients are so in every step, stay so.
 
     Returns:
-        What the training ran on, and in how many parts a batch.
+        What the training ran on, in how many parts a batch, and for how many steps.
 
     Raises:
-        TrialError: The loss isn't finite, or the GPU's memory doesn't hold one sample.
+        TrialError: The loss isn't finite, the GPU's memory doesn't hold one sample, or the model can't be compiled.
     """
-    options = training.options
-    device, home = training_device(options.device), next(model.parameters()).device
-    dtype = float_format(options.precision, device)
-    model.to(device)
-    optimizer = _optimizer(model, options, config.learning_rate)
-    channels_last = options.channels_last is not False
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.train()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    backward = _Backward(model, training, config, dtype, scaler, micro_batch or options.batch_size)
+    options, device = training.options, training_device(training.options.device)
+    channels_last = _channels_last(model) if options.channels_last == "auto" else options.channels_last
+    positions = Positions(schedule, total, options)
     losses: dict[int, Tensor] = {}
     ahead = 1 if device.type == "cpu" else _STEPS_AHEAD
-    with use_tf32(device, options.tf32):
-        for step in schedule:
-            batch = next(batches)
-            if channels_last:
-                batch = batch._replace(inputs=map_tensors(_channels_last, batch.inputs))
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, total, options.warmup)
-            losses[step] = backward(batch, optimizer)
-            scaler.unscale_(optimizer)
-            if options.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            if len(losses) == ahead or step == schedule[-1]:
-                _check_finite(losses, total, config)
-                losses.clear()
-                training.after_step()
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it came
-    model.to(home).eval()
+    with use_tf32(device, options.tf32), _prepared(model, device, channels_last), _forward(model, options) as forward:
+        size = micro_batch or options.batch_size
+        hinted, batches = _attach(model, training, config, batches, size if schedule else 0)
+        with hinted as hints:
+            gradient = Gradient(forward, training, config, hints, size)
+            step = _Step(model, training, config, gradient, total, ties)
+            for position in positions:
+                losses[position] = step(position, _laid_out(next(batches), channels_last))
+                if len(losses) == ahead or positions.ended:
+                    positions.note(_read(losses, total, config))
+                    losses.clear()
+                    training.after_step()
+            step.finish()
     return TrainingReport(
         device=str(device),
-        precision=str(dtype).removeprefix("torch."),
+        precision=str(gradient.dtype).removeprefix("torch."),
         tf32=options.tf32 and device.type == "cuda",
-        micro_batch=backward.size,
+        channels_last=channels_last,
+        micro_batch=gradient.size,
         resident=is_resident(training.splits.train, device),
+        steps=positions.steps,
+        ended="plateau" if positions.cut else "schedule",
     )
 
 
-class _Backward:
-    """Puts the gradient of a batch's loss into the model, in as many parts as the device's memory asks for.
+@contextmanager
+def _prepared(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+    """Within the block, the model is on the device, laid out, in training mode; then where it was, in eval mode."""
+    home = next(model.parameters()).device
+    model.to(device)
+    if channels_last:
+        # Not `Module.to`, which fails at the weights of 3-D convolutions.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    model.train()
+    yield
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it came
+    model.to(home).eval()
 
-    Once the memory didn't suffice, all batches that follow are cut likewise. The gradient stays the same, where the
-    loss is a mean over samples, but for dropout, which draws anew, and batch norm: it normalises each part by itself,
-    and its running statistics see smaller batches, and once more what went through before the memory ran out.
+
+def _channels_last(model: nn.Module) -> bool:
+    """Whether images laid out so make its training faster.
+
+    On a CPU, nets of 2-D convolutions were trained 1.0 to 1.6 times as fast, with batch norm, layer norm or no norm.
+    With group or instance norm, whose kernels want whole channels, they took up to 1.6 times as long.
+    """
+    kinds = [type(module) for module in model.modules()]
+    return any(issubclass(kind, nn.Conv2d) for kind in kinds) and not any(
+        issubclass(kind, (nn.GroupNorm, _InstanceNorm)) for kind in kinds
+    )
+
+
+def _laid_out(batch: Batch, channels_last: bool) -> Batch:
+    def lay_out(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    return batch._replace(inputs=map_tensors(lay_out, batch.inputs)) if channels_last else batch
+
+
+@contextmanager
+def _forward(model: nn.Module, options: TrainOptions) -> Iterator[Callable[..., Any]]:
+    """What is called in the model's place within the block: the model, or its forward compiled.
+
+    Raises:
+        TrialError: It can't be compiled, which shows when it is called.
+    """
+    if not options.compile:
+        yield model
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        with _compiled(model) as forward:
+            yield forward
+    except TorchDynamoException as error:
+        raise TrialError(
+            f"torch.compile must be able to compile the model's training, but got {_reason(error)}; "
+            "set finetune.compile: false"
+        ) from error
+
+
+@contextmanager
+def _compiled(model: nn.Module) -> Iterator[Callable[..., Any]]:
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    def forward(*inputs: Tensor, **named: Tensor) -> Any:
+        return model(*inputs, **named)
+
+    try:
+        # Quantizers count their steps, and each would be compiled for itself.
+        with config.patch(allow_unspec_int_on_nn_module=True):
+            yield torch.compile(forward)
+    finally:
+        # PyTorch keeps compiled code with the function that it was made from, here the same one for all trials, and
+        # after eight of them it would compile no more.
+        remove_from_cache(forward)
+
+
+def _reason(error: Exception) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"
+
+
+def _attach(
+    model: nn.Module, training: Training, config: Finetuning, batches: Iterator[Batch], size: int
+) -> tuple[AbstractContextManager[AttachedHints | None], Iterator[Batch]]:
+    """The hints on the model, to be closed, fitted to so many samples of the first batch; and all batches."""
+    if training.hints is None or config.hint_weight == 0 or size == 0:
+        return nullcontext(), batches
+    first = next(batches)
+    return closing(training.hints.attach(model, next(parts(first, size)))), chain([first], batches)
+
+
+class _Step:
+    """One step of a training: gradient, ties, clipping, optimizer, average.
 
     Args:
-        model: On the device that trains.
-        training: Task and teacher.
-        config: Temperature and distillation weight.
-        dtype: Of autocast; float32 for none.
-        scaler: Scales the loss for float16.
-        size: Samples that go through the model at a time.
+        model: On the device that trains, laid out.
+        training: Options.
+        config: Learning rate.
+        gradient: Of a batch.
+        total: Length of the whole schedule.
+        ties: Change the gradients.
     """
 
     def __init__(
@@ -292,102 +241,59 @@ class _Backward:
         model: nn.Module,
         training: Training,
         config: Finetuning,
-        dtype: torch.dtype,
-        scaler: torch.amp.GradScaler,
-        size: int,
+        gradient: Gradient,
+        total: int,
+        ties: Sequence[Callable[[], None]],
     ) -> None:
-        self.size = size
-        self._model = model
-        self._training = training
-        self._config = config
-        self._dtype = dtype
-        self._scaler = scaler
+        options = training.options
+        extra = gradient.hints.parameters() if gradient.hints is not None else ()
+        self._parameters = [*model.parameters(), *extra]
+        self._optimizer = make_optimizer(self._parameters, options)
+        self._average = Average(model, options.ema) if options.ema is not None else None
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._freezes_at = total - round(options.freeze_batchnorm * total)
+        self._options = options
+        self._peak = config.learning_rate
+        self._gradient = gradient
+        self._total = total
+        self._ties = ties
 
-    def __call__(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
-        """The loss of the batch, without gradient.
+    def __call__(self, position: int, batch: Batch) -> Tensor:
+        """Train on a batch at a position of the schedule; returns the loss, which may still be computed."""
+        if position >= self._freezes_at:
+            for norm in self._norms:
+                norm.eval()
+        scaler = self._gradient.scaler
+        set_pace(self._optimizer, self._peak, pace(position, self._total, self._options))
+        loss = self._gradient(batch, self._optimizer)
+        scaler.unscale_(self._optimizer)
+        for tie in self._ties:
+            tie()
+        if self._options.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._options.gradient_clip)
+        scaler.step(self._optimizer)
+        scaler.update()
+        if self._average is not None:
+            self._average.update()
+        return loss
 
-        Raises:
-            TrialError: The memory doesn't hold one sample.
-        """
-        while True:
-            optimizer.zero_grad(set_to_none=True)
-            loss = self._try(batch)
-            if loss is not None:
-                return loss
-            size = min(self.size, len(batch.targets))
-            if size == 1:
-                raise TrialError(
-                    "one sample must fit into the memory of the device that trains, but got torch.OutOfMemoryError for "
-                    "a single one; use fewer workers (search.workers), a smaller input, or finetune.device: cpu"
-                )
-            self.size = size // 2
-            torch.cuda.empty_cache()
-
-    def _try(self, batch: Batch) -> Tensor | None:
-        """The loss; None where the memory didn't suffice."""
-        total: Tensor | None = None
-        try:
-            for part in _parts(batch, self.size):
-                with torch.autocast(
-                    part.targets.device.type, dtype=self._dtype, enabled=self._dtype is not torch.float32
-                ):
-                    outputs = call(self._model, part.inputs)
-                loss = _loss(outputs.float(), part, self._training, self._config)
-                loss = loss * (len(part.targets) / len(batch.targets))
-                torch.autograd.backward(self._scaler.scale(loss))
-                total = loss.detach() if total is None else total + loss.detach()
-        except torch.cuda.OutOfMemoryError:
-            # The error holds on to the activations until this block is left, so nothing can be freed here.
-            return None
-        return total
+    def finish(self) -> None:
+        """Leave the averages in the model, where there are some."""
+        if self._average is not None:
+            self._average.put()
 
 
-def _parts(batch: Batch, size: int) -> Iterator[Batch]:
-    """The batch in the fewest parts of at most `size` samples, as even as can be."""
-    length = len(batch.targets)
-    count = math.ceil(length / size)
-    for start, end in pairwise(length * part // count for part in range(count + 1)):
-        cut = itemgetter(slice(start, end))
-        yield Batch(cut(batch.indices), map_tensors(cut, batch.inputs), cut(batch.targets))
+def _read(losses: dict[int, Tensor], total: int, config: Finetuning) -> dict[int, float]:
+    """The losses of some steps; on a GPU this waits until they are computed.
 
-
-def _check_finite(losses: dict[int, Tensor], total: int, config: Finetuning) -> None:
-    """Look at the losses of some steps; on a GPU this waits until they are computed."""
-    values = torch.stack(list(losses.values())).tolist()
-    for step, value in zip(losses, values, strict=True):
+    Raises:
+        TrialError: One isn't finite.
+    """
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+    for step, value in values.items():
         if not math.isfinite(value):
             raise TrialError(
                 f"the training loss must stay finite, but it is {value} at step {step} of {total}; "
                 f"lower the learning rate (it was {config.learning_rate:.2g}) or the pruning ratios"
             )
-
-
-def _loss(outputs: Tensor, batch: Batch, training: Training, config: Finetuning) -> Tensor:
-    weight = config.distillation_weight if training.teacher is not None else 0.0
-    loss = torch.zeros((), device=outputs.device)
-    if weight < 1:
-        loss = loss + (1 - weight) * training.task.loss(outputs, batch.targets)
-    if weight > 0 and training.teacher is not None:
-        taught = training.teacher(batch.indices, batch.inputs)
-        loss = loss + weight * training.task.distillation_loss(outputs, taught, config.temperature)
-    return loss
-
-
-def _optimizer(model: nn.Module, options: TrainOptions, learning_rate: float) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, learning_rate, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
-        )
-    return torch.optim.AdamW(parameters, learning_rate, weight_decay=options.weight_decay)
-
-
-def _schedule(step: int, total: int, warmup: float) -> float:
-    rising = round(warmup * total)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    return values

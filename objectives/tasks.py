@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -46,6 +48,21 @@ class Task(ABC):
             temperature: At least 1.
         """
 
+    def ensemble(self, outputs: Sequence[Tensor]) -> Tensor:
+        """What several teachers teach together, given each one's outputs for the same inputs: their mean."""
+        return torch.stack([output.float() for output in outputs]).mean(0)
+
+    def smoothed(self, share: float) -> Task:
+        """This task with so much label smoothing in its loss; without any, the task itself.
+
+        Raises:
+            JobError: The loss has no labels that could be smoothed.
+        """
+        if share > 0:
+            remedy = "set it to 0, or smooth in the loss of the task itself"
+            raise JobError("finetune.label_smoothing", "must be 0 unless the loss is classification's", share, remedy)
+        return self
+
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that outputs of the model fit targets of the data; subclasses add their rules.
 
@@ -71,10 +88,23 @@ class Classification(Task):
     """
 
     metric_name = "accuracy"
+    _smoothing = 0.0
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy in float32, the mean over samples and positions."""
-        return F.cross_entropy(outputs.float(), targets)
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self._smoothing)
+
+    def smoothed(self, share: float) -> Task:
+        """The task whose loss gives so much of each label to all classes (Szegedy et al., 2016, arXiv:1512.00567).
+
+        Raises:
+            JobError: A subclass has a loss of its own.
+        """
+        if type(self).loss is not Classification.loss:
+            return super().smoothed(share)
+        task = copy.copy(self)
+        task._smoothing = share
+        return task
 
     def metric(self, outputs: Tensor, targets: Tensor) -> float:
         """Accuracy: the share of right labels in [0, 1], over samples and positions.
@@ -97,6 +127,14 @@ class Classification(Task):
         student = F.log_softmax(outputs.float() / temperature, dim=1)
         teacher = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean() * temperature**2
+
+    def ensemble(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Logarithm of the mean of the teachers' probabilities (Hinton et al., 2015, arXiv:1503.02531), as logits.
+
+        The mean is taken at temperature 1, so that one output serves all temperatures; they soften the mean.
+        """
+        logs = torch.stack([F.log_softmax(output.float(), dim=1) for output in outputs])
+        return logs.logsumexp(0) - math.log(len(outputs))
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Check shapes, the type of the labels and their range.
@@ -163,8 +201,12 @@ class Regression(Task):
         return torch.where(total == 0, constant, 1 - residual / total).mean().item()
 
     def distillation_loss(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-        """Mean squared error to the teacher's outputs in float32; the temperature has no meaning here."""
-        return F.mse_loss(outputs.float(), teacher_outputs.float())
+        """Mean squared error to the teacher's outputs in float32; the temperature has no meaning here.
+
+        Raises:
+            JobError: The shapes don't fit; they are never broadcast.
+        """
+        return F.mse_loss(_aligned(outputs, teacher_outputs).float(), teacher_outputs.float())
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Check shapes and the type of the targets.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paretune.errors import JobError
 
@@ -41,7 +41,7 @@ def concatenate(parts: list[Inputs]) -> Inputs:
     return joined if isinstance(first, dict) else tuple(joined.values())
 
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
+def call(model: Callable[..., Any], inputs: Inputs) -> Tensor:
     """Run a model: ``model(x)`` for a tensor, ``model(*x)`` for a tuple, ``model(**x)`` for a dictionary.
 
     Raises:

@@ -25,6 +25,18 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Mix(NamedTuple):
+    """The other samples of which a batch's inputs were mixed (mixup).
+
+    Attributes:
+        targets: (N, ...), theirs.
+        share: Of the batch's own samples in the inputs, in [0, 1]; it is their share of the loss, too.
+    """
+
+    targets: Tensor
+    share: float
+
+
 class Batch(NamedTuple):
     """Some samples.
 
@@ -33,11 +45,13 @@ class Batch(NamedTuple):
             teacher outputs that were cached for the whole split can be looked up from any part of it.
         inputs: What the model takes, N samples.
         targets: (N, ...) int64 or float32.
+        mix: What else the inputs are made of; None where it is these samples alone.
     """
 
     indices: Tensor
     inputs: Inputs
     targets: Tensor
+    mix: Mix | None = None
 
 
 class Split:

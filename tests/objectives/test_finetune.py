@@ -6,28 +6,33 @@ On a CPU, even where there is a GPU, unless a test is about the GPU: only there 
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise, repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from paretune.errors import JobError, TrialError
 from paretune.objectives.data import Inputs, Split, Splits
 from paretune.objectives.data.residency import make_resident
+from paretune.objectives.data.splits import Batch, Mix
+from paretune.objectives.distillation import Hints, Teacher
 from paretune.objectives.finetune import (
-    Teacher,
     Training,
     TrainingReport,
     TrainOptions,
-    _check_finite,
+    _read,
     check_training,
     fit,
 )
-from paretune.objectives.tasks import Classification, Regression
+from paretune.objectives.tasks import Classification, Regression, Task
 from paretune.spaces.plan import Finetuning
 from tests.nets import PlainCNN
 
@@ -91,14 +96,17 @@ def test_the_loss_falls(small: Splits, options: TrainOptions) -> None:
 
 
 class Watch:
-    """Notes the learning rate of each step of an optimizer, through a hook of the optimizer class."""
+    """Notes learning rate, momentum and gradient norm of each step, through a hook of the optimizer class."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
         self.norms: list[float] = []
+        self.momenta: list[float] = []
 
     def __call__(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
+        settings = optimizer.param_groups[0]
+        self.rates.append(settings["lr"])
+        self.momenta.append(settings["betas"][0] if "betas" in settings else settings["momentum"])
         gradients = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.norms.append(float(torch.stack(gradients).norm()))
 
@@ -178,8 +186,8 @@ def test_the_first_step_whose_loss_isnt_finite_is_named() -> None:
     """On a GPU the losses of some steps are looked at together."""
     losses = {7: torch.tensor(1.0), 8: torch.tensor(torch.inf), 9: torch.tensor(torch.nan)}
     with pytest.raises(TrialError, match=r"it is inf at step 8 of 40; lower the learning rate \(it was 0.003\)"):
-        _check_finite(losses, 40, ALONE)
-    _check_finite({7: torch.tensor(1.0)}, 40, ALONE)
+        _read(losses, 40, ALONE)
+    _read({7: torch.tensor(1.0)}, 40, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +379,7 @@ def test_what_a_failed_step_left_is_dropped(small: Splits) -> None:
 
 def test_a_next_part_begins_with_the_size_that_fitted(small: Splits) -> None:
     crowded = Crowded(20)
-    report = train_crowded(small, crowded, batch_size=64, steps=1)
+    report = train_crowded(small, crowded, batch_size=64)
     crowded.sizes.clear()
     assert train_crowded(small, crowded, batch_size=64, micro_batch=report.micro_batch) == report
     assert max(crowded.sizes) == 16
@@ -386,7 +394,16 @@ def test_the_report_says_what_the_training_ran_on(small: Splits) -> None:
     options = replace(OPTIONS, precision="bfloat16", tf32=True)
     training = Training(small, Classification(), options)
     report = fit(fresh(), training, ALONE, training.batches(0), range(1), 1)
-    assert report == TrainingReport("cpu", "bfloat16", tf32=False, micro_batch=64, resident=True)
+    assert report == TrainingReport(
+        "cpu",
+        "bfloat16",
+        tf32=False,
+        channels_last=False,
+        micro_batch=64,
+        resident=True,
+        steps=1,
+        ended="schedule",
+    )
 
 
 def test_training_is_checked_before_anything_is_spent(small: Splits) -> None:
@@ -397,14 +414,296 @@ def test_training_is_checked_before_anything_is_spent(small: Splits) -> None:
     def broken(inputs: Inputs, generator: torch.Generator) -> Inputs:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
-    check_training(fresh(), small, OPTIONS)
-    check_training(fresh(), replace(small, augment=noise), OPTIONS)
+    check_training(fresh(), Training(small, Classification(), OPTIONS))
+    check_training(fresh(), Training(replace(small, augment=noise), Classification(), OPTIONS))
     with pytest.raises(JobError, match=r"augment function that runs on cpu.*device=generator\.device"):
-        check_training(fresh(), replace(small, augment=broken), OPTIONS)
+        check_training(fresh(), Training(replace(small, augment=broken), Classification(), OPTIONS))
     with pytest.raises(JobError, match=r"finetune\.precision"):
-        check_training(fresh(), small, replace(OPTIONS, precision="float16"))
+        check_training(fresh(), Training(small, Classification(), replace(OPTIONS, precision="float16")))
     with pytest.raises(JobError, match=r"finetune\.device"):
-        check_training(fresh(), small, replace(OPTIONS, device="cuda:99"))
+        check_training(fresh(), Training(small, Classification(), replace(OPTIONS, device="cuda:99")))
+
+
+class Weights:
+    """Notes the weights and buffers of a model after each step of an optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.states: list[dict[str, Tensor]] = []
+
+    def __call__(self, *_: Any) -> None:
+        self.states.append({name: tensor.clone() for name, tensor in self._model.state_dict().items()})
+
+
+@contextmanager
+def noting(model: nn.Module) -> Iterator[Weights]:
+    weights = Weights(model)
+    handle = register_optimizer_step_post_hook(weights)
+    try:
+        yield weights
+    finally:
+        handle.remove()
+
+
+def run(
+    splits: Splits, model: nn.Module, options: TrainOptions, *, steps: int = 8, config: Finetuning = ALONE, **given: Any
+) -> TrainingReport:
+    training = Training(splits, Classification(), options)
+    return fit(model, training, config, training.batches(0), range(steps), steps, **given)
+
+
+def test_what_is_left_is_the_average(small: Splits) -> None:
+    model = fresh()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with noting(model) as weights:
+        run(small, model, replace(OPTIONS, ema=0.5))
+    for update, state in enumerate(weights.states):
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = {name: decay * expected[name] + (1 - decay) * tensor for name, tensor in state.items()}
+    assert not same(model, train(small)), "without the average it is another one"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[name], msg=name)
+        else:
+            assert int(tensor) == 8, "batches are counted, not averaged"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_cycle_reaches_the_optimizer(small: Splits, watch: Watch, optimizer: Any) -> None:
+    run(small, fresh(), replace(OPTIONS, schedule="one-cycle", optimizer=optimizer), steps=20)
+    assert watch.rates.index(max(watch.rates)) == watch.momenta.index(min(watch.momenta)) == 6
+    assert max(watch.rates) == pytest.approx(ALONE.learning_rate)
+    assert (min(watch.momenta), watch.momenta[0]) == pytest.approx((0.85, 0.95))
+    assert watch.rates[-1] < 0.05 * ALONE.learning_rate
+
+
+def test_labels_are_smoothed() -> None:
+    outputs, targets = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([0])
+    logs = outputs.log_softmax(1)[0]
+    shares = torch.tensor([0.8, 0.1, 0.1])
+    task = Classification()
+    assert float(task.smoothed(0.3).loss(outputs, targets)) == pytest.approx(float(-(shares * logs).sum()))
+    assert float(task.loss(outputs, targets)) == pytest.approx(float(-logs[0])), "the task itself stays"
+
+
+def test_smoothing_is_trained_with(small: Splits) -> None:
+    def entropy(model: nn.Module) -> float:
+        assert isinstance(small.train.inputs, Tensor)
+        with torch.no_grad():
+            logs = model(small.train.inputs).log_softmax(1)
+        return float(-(logs.exp() * logs).sum(1).mean())
+
+    smooth = train(small, steps=80, options=replace(OPTIONS, label_smoothing=0.5))
+    assert entropy(smooth) > 2 * entropy(train(small, steps=80))
+
+
+class OwnLoss(Classification):
+    """A classification that knows nothing of smoothing."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.multi_margin_loss(outputs, targets)
+
+
+@pytest.mark.parametrize("task", [Regression(), OwnLoss()])
+def test_only_labels_can_be_smoothed(small: Splits, task: Task) -> None:
+    training = Training(small, task, replace(OPTIONS, label_smoothing=0.1))
+    with pytest.raises(JobError, match=r"finetune\.label_smoothing must be 0 .* but got 0\.1; set it to 0"):
+        check_training(fresh(), training)
+    check_training(fresh(), replace(training, options=OPTIONS))
+
+
+def test_a_plateau_ends_the_training(small: Splits, watch: Watch) -> None:
+    """What isn't trained can't get better."""
+    config = Finetuning(learning_rate=1e-9, distillation_weight=0.0)
+    options = replace(OPTIONS, plateau=0.1, batch_size=256, freeze_batchnorm=1.0)
+    report = run(small, fresh(), options, config=config, steps=60)
+    assert (report.ended, report.steps) == ("plateau", 6 + 12 + 6), "a rise, twice the patience, and the rest in short"
+    assert len(watch.rates) == report.steps
+    tail = watch.rates[-6:]
+    assert tail == sorted(tail, reverse=True)
+    assert tail[-1] < 0.01 * config.learning_rate
+    assert run(small, fresh(), replace(options, plateau=None), config=config, steps=60).steps == 60
+
+
+def test_parts_are_reported_as_one(small: Splits) -> None:
+    first = run(small, fresh(), OPTIONS, steps=2)
+    whole = replace(first, ended="plateau").then(replace(first, steps=3, micro_batch=32))
+    assert (whole.steps, whole.ended, whole.micro_batch) == (5, "plateau", 32)
+
+
+@pytest.mark.parametrize(("share", "moving"), [(0.0, 8), (0.25, 6), (1.0, 0)])
+def test_frozen_statistics_stay(small: Splits, share: float, moving: int) -> None:
+    model = fresh()
+    with noting(model) as weights:
+        run(small, model, replace(OPTIONS, freeze_batchnorm=share))
+    means = [fresh().get_buffer("bn1.running_mean"), *(state["bn1.running_mean"] for state in weights.states)]
+    assert [not torch.equal(a, b) for a, b in pairwise(means)] == [True] * moving + [False] * (8 - moving)
+    scales = [state["bn1.weight"] for state in weights.states]
+    assert not any(torch.equal(a, b) for a, b in pairwise(scales)), "what is learnt goes on"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(OPTIONS, id="adamw"),
+        pytest.param(replace(OPTIONS, optimizer="sgd", weight_decay=0.1), id="sgd"),
+        pytest.param(replace(OPTIONS, gradient_clip=0.01, weight_decay=0.1), id="clipped"),
+        pytest.param(replace(OPTIONS, ema=0.9), id="average"),
+        pytest.param(replace(OPTIONS, schedule="one-cycle", precision="bfloat16", channels_last=True), id="cycle"),
+    ],
+)
+def test_ties_keep_zeros_and_equals(small: Splits, options: TrainOptions) -> None:
+    model = fresh()
+    sparse, shared = model.get_parameter("conv2.weight"), model.get_parameter("fc1.weight")
+    with torch.no_grad():
+        sparse.mul_(torch.rand(sparse.shape, generator=torch.Generator().manual_seed(0)) < 0.3)
+        shared.copy_(shared.sign() * shared.abs().mean())
+    mask, positive, before = sparse != 0, shared > 0, shared.detach().clone()
+
+    def keep_zeros() -> None:
+        assert sparse.grad is not None
+        sparse.grad.mul_(mask)
+
+    def keep_equals() -> None:
+        assert shared.grad is not None
+        for cluster in (positive, ~positive):
+            shared.grad[cluster] = shared.grad[cluster].mean()
+
+    for part in (range(12), range(12, 20)):
+        training = Training(small, Classification(), options)
+        fit(model, training, ALONE, training.batches(0), part, 20, ties=(keep_zeros, keep_equals))
+    assert bool((sparse[~mask] == 0).all())
+    assert bool((sparse[mask] != 0).all())
+    assert len(shared.unique()) == 2
+    assert not torch.equal(shared, before), "they did learn"
+
+
+def test_ties_come_after_the_gradient_and_before_the_clipping(small: Splits, watch: Watch) -> None:
+    model = fresh()
+    weight = model.get_parameter("fc2.weight")
+    norms: list[float] = []
+
+    def tie() -> None:
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+        assert weight.grad is not None
+        weight.grad.fill_(100.0)
+
+    run(small, model, replace(OPTIONS, gradient_clip=0.5), steps=4, ties=[tie])
+    assert len(norms) == 4
+    assert min(norms) > 0.5, "not clipped yet"
+    assert watch.norms == pytest.approx([0.5] * 4, rel=1e-3), "what the tie put there was clipped, too"
+
+
+def test_a_mixed_batch_is_cut_like_any_other(small: Splits) -> None:
+    options = replace(OPTIONS, augment=("mixup",))
+    whole, parted = Crowded(64), Crowded(20)
+    for model in (whole, parted):
+        run(small, model, options)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parted.state_dict()[name], tensor, atol=1e-5, rtol=1e-5)
+    plain = Crowded(64)
+    run(small, plain, OPTIONS)
+    assert not same(plain, whole)
+
+
+def test_a_mixed_batch_has_both_targets(small: Splits) -> None:
+    """Half of the other samples' targets is all that can be learnt of them."""
+    inputs = torch.ones(4, 1, 8, 8)
+    batch = Batch(
+        torch.arange(4), inputs, torch.zeros(4, dtype=torch.int64), Mix(torch.ones(4, dtype=torch.int64), 0.7)
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    training = Training(small, Classification(), OPTIONS)
+    config = Finetuning(learning_rate=0.05, distillation_weight=0.0)
+    fit(model, training, config, repeat(batch), range(200), 200)
+    with torch.no_grad():
+        assert model(inputs).softmax(1)[0, :2].tolist() == pytest.approx([0.7, 0.3], abs=0.01)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_hints_are_followed(small: Splits, trained: nn.Module, precision: Any) -> None:
+    def distance(model: nn.Module) -> float:
+        found: list[Tensor] = []
+        for net in (model, trained):
+            handle = net.get_submodule("conv2").register_forward_hook(lambda _m, _i, output: found.append(output))
+            with torch.no_grad():
+                net.eval()(small.validation.inputs)
+            handle.remove()
+        return float(nn.functional.mse_loss(*found))
+
+    model = fresh()
+    model.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        model.get_parameter("conv1.weight").mul_(torch.rand(16, 1, 1, 1))
+    before = distance(model)
+    hints = Hints(copy.deepcopy(trained), ["conv2"])
+    options = replace(OPTIONS, precision=precision)
+    training = Training(small, Classification(), options, hints=hints)
+    config = Finetuning(learning_rate=1e-3, distillation_weight=0.0, hint_weight=10.0)
+    seen = list(islice(training.batches(0), 20))
+    batches = iter(seen)
+    fit(model, training, config, batches, range(20), 20)
+    assert next(batches, None) is None, "the batch that the hints looked at was trained on"
+    assert distance(model) < 0.7 * before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_channels_last_is_for_nets_that_it_makes_faster(small: Splits) -> None:
+    def chosen(model: nn.Module, wanted: Any = "auto") -> bool:
+        return run(small, model, replace(OPTIONS, channels_last=wanted), steps=1).channels_last
+
+    head = (nn.Flatten(), nn.Linear(64, 10))
+    assert chosen(fresh())
+    assert not chosen(fresh(), False)
+    assert not chosen(nn.Sequential(*head))
+    assert not chosen(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.GroupNorm(1, 1), *head))
+    deep = nn.Sequential(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 1, 3, padding=1), *head)
+    assert chosen(deep, True), "weights with five axes stay as they are"
+    assert not chosen(deep)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+class Counted(nn.Module):
+    """Counts its calls, as quantizers do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.calls = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x) * (0.5 if self.calls % 4 == 0 else 1.0)
+
+
+@needs_compiler
+def test_compiled_training_gives_the_same(small: Splits) -> None:
+    """Few compilations suffice for many steps, and the second model finds nothing of the first."""
+    limits = {"recompile_limit": 3, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        for width in (16, 24):
+            compiled, eager = Counted(width), Counted(width)
+            run(small, compiled, replace(OPTIONS, compile=True))
+            run(small, eager, OPTIONS)
+            for name, tensor in eager.state_dict().items():
+                torch.testing.assert_close(compiled.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
+    assert not same(eager, Counted(24)), "it did learn"
+
+
+def test_what_cant_be_compiled_is_named(small: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is there already
+    options = replace(OPTIONS, compile=True)
+    with config.patch({"cpp.cxx": ("/no/compiler",)}):
+        with pytest.raises(TrialError, match=r"able to compile.*C\+\+ compiler.*set finetune\.compile: false"):
+            run(small, Counted(8), options)
+        with pytest.raises(JobError, match=r"finetune\.compile must be possible on cpu, but got .*C\+\+ compiler"):
+            check_training(Counted(8), Training(small, Classification(), options))
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
@@ -426,6 +725,42 @@ def test_a_gpu_learns(small: Splits, trained: nn.Module, precision: Any, residen
     assert (report.device, report.micro_batch, report.resident) == ("cuda:0", 64, resident)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}, "it is back where it was"
     assert loss_on(model, small.validation) < 0.8 * loss_on(fresh(), small.validation)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_gpu_knows_every_option(small: Splits, trained: nn.Module, optimizer: Any, precision: Any) -> None:
+    options = TrainOptions(
+        batch_size=64, device="cuda", optimizer=optimizer, precision=precision, schedule="one-cycle", ema=0.9,
+        label_smoothing=0.1, freeze_batchnorm=0.3, plateau=0.1, augment=("crop", "mixup"),
+    )  # fmt: skip
+    model = fresh()
+    weight = model.get_parameter("conv2.weight")
+    with torch.no_grad():
+        weight[:, ::2] = 0
+
+    def tie() -> None:
+        assert weight.grad is not None
+        weight.grad[:, ::2] = 0
+
+    hints = Hints(copy.deepcopy(trained), ["conv2"])
+    training = Training(small, Classification(), options, hints=hints)
+    config = Finetuning(learning_rate=0.02 if optimizer == "sgd" else 3e-3, distillation_weight=0.0, hint_weight=0.1)
+    report = fit(model, training, config, training.batches(0), range(100), 100, ties=[tie])
+    assert report.steps <= 100
+    assert bool((weight[:, ::2] == 0).all())
+    assert loss_on(model, small.validation) < 0.8 * loss_on(fresh(), small.validation)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_gpu_trains_compiled(small: Splits) -> None:
+    model = Counted(16)
+    report = run(small, model, replace(OPTIONS, device="cuda", compile=True), steps=30)
+    assert report.device == "cuda:0"
+    assert loss_on(model, small.validation) < loss_on(Counted(16), small.validation)
 
 
 @pytest.mark.gpu
@@ -453,13 +788,13 @@ def test_augmentation_runs_on_the_gpu(small: Splits) -> None:
 
     options = replace(OPTIONS, device="cuda")
     augmented = replace(small, augment=noise)
-    check_training(fresh(), augmented, options)
+    check_training(fresh(), Training(augmented, Classification(), options))
     one, other = (next(Training(augmented, Classification(), options).batches(5)).inputs for _ in range(2))
     assert isinstance(one, Tensor) and isinstance(other, Tensor)
     assert torch.equal(one, other)
     assert set(seen) == {("cuda", "cuda")}
     with pytest.raises(JobError, match=r"augment function that runs on cuda:0"):
-        check_training(fresh(), replace(small, augment=stuck), options)
+        check_training(fresh(), Training(replace(small, augment=stuck), Classification(), options))
 
 
 class Stuck(nn.Module):
@@ -478,7 +813,7 @@ class Stuck(nn.Module):
 @gpu
 def test_a_model_that_cant_move_is_found_before_anything_is_spent(small: Splits) -> None:
     with pytest.raises(JobError, match=r"model must run on cuda:0.*register the tensors"):
-        check_training(Stuck(), small, replace(OPTIONS, device="cuda"))
+        check_training(Stuck(), Training(small, Classification(), replace(OPTIONS, device="cuda")))
 
 
 @pytest.mark.gpu
