@@ -20,13 +20,14 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 
-from paretune.objectives.baseline import make_baseline, profile
+from paretune.objectives.baseline import make_baseline
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.imports import import_string
 from paretune.objectives.latency import Latency
-from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
 from paretune.search.job import load_job
-from paretune.search.problem import BASELINE, load_problem, make_job_space
+from paretune.search.problem import BASELINE, load_problem
+from paretune.search.profile import make_job_space, profile_job
 from paretune.search.results import write_front
 from paretune.search.run import open_study
 from paretune.spaces.space import SearchSpace
@@ -52,9 +53,9 @@ def main() -> None:
         problem = load_problem(job)
         analysis = problem.analyse()
         baseline = make_baseline(problem, analysis, run / BASELINE)
-        analysis = profile(problem, baseline, analysis)
-        space = make_job_space(job, analysis, baseline.float_bits)
-        evaluator = Evaluator(problem, baseline, [layer.name for layer in analysis.layers])
+        profile = profile_job(job, problem, baseline, analysis)
+        space = make_job_space(job, problem, profile, baseline.float_bits[""])
+        evaluator = Evaluator(problem, baseline)
         _trials(evaluator, space, run, options.plans)
         study = open_study(job, run, space)
         spent: dict[str, list[float]] = {"propose": [], "tell": [], "front": []}
@@ -88,11 +89,11 @@ def _trials(evaluator: Evaluator, space: SearchSpace, run: Path, count: int) -> 
     for name in OUTSIDE:
         _row(name, [record.seconds[name] for record in records])
     _row("all", [sum(record.seconds[name] for name in OUTSIDE) for record in records])
-    ratios = [record.early_latency_ms / record.measurement.latency_ms for record in records]
+    ratios = [record.main.early_latency_ms / record.measurement.main.latency_ms for record in records]
     print(
         f"  latency before training / after: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     )
-    sizes = sum(record.early_size_bytes == record.measurement.size_bytes for record in records)
+    sizes = sum(record.main.early_size_bytes == record.measurement.main.size_bytes for record in records)
     print(f"  same size before training and after: {sizes} of {len(records)}")
     print(f"  noisy measurements: {sum(record.noisy for record in records)} of {len(records)}", file=sys.stdout)
 
@@ -103,9 +104,10 @@ def _row(name: str, values: list[float]) -> None:
 
 def _made_up(rng: random.Random, layers: list[str]) -> Record:
     latency = rng.uniform(1, 10)
-    measurement = Measurement(rng.random(), latency, latency * 0.99, latency * 1.01, 10 / latency, 10**6, 10**6, 10**6)
     clock = Latency(latency, latency * 0.99, latency * 1.01, latency, 10.0, 10 / latency, 1.0, 10.0, 100, latency)
-    return Record(measurement, latency, 10**6, dict.fromkeys(layers, 8), clock, {"train": 10.0})
+    on = OnTarget(rng.random(), latency, latency * 0.99, latency * 1.01, 10 / latency, 10**6)
+    deployment = Deployment(latency, 10**6, dict.fromkeys(layers, 8), clock)
+    return Record(Measurement({"": on}, 10**6, 10**6), {"": deployment}, {"train": 10.0})
 
 
 if __name__ == "__main__":

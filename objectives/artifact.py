@@ -2,8 +2,9 @@
 
 An artifact folder holds `plan.json`, `weights.safetensors` (the compressed module, float master weights and
 quantizers), `model.onnx` (what is deployed and measured; a target with a runtime of its own has a file of its own,
-`model@NAME.onnx`), `probe.safetensors` (one batch of real inputs and the artifact's outputs for them) and `card.json`
-(targets, metrics, environment, hashes of the other files).
+`model@NAME.onnx`), the same packed where zeros, codebooks or few bits make that smaller (`model.onnx.packed`; see
+`paretune.objectives.packing`), `probe.safetensors` (one batch of real inputs and the artifact's outputs for them) and
+`card.json` (targets, metrics, environment, hashes of the other files).
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def save_artifact(
         )
         for name, site in problem.sites.items()
     }
-    files = [PLAN, WEIGHTS, PROBE, *sorted({entry.model for entry in deployed.values()})]
+    packed = {site.packed for site in problem.sites.values() if (folder / site.packed).is_file()}
+    files = [PLAN, WEIGHTS, PROBE, *sorted({entry.model for entry in deployed.values()} | packed)]
     card = Card(
         main=deployed.pop(""),
         others=deployed,
@@ -191,6 +193,7 @@ def load_module(folder: Path, problem: Problem) -> nn.Module:
         problem: Gives the dense model's factory and an example to trace with.
     """
     plan = CompressionPlan.from_json((folder / PLAN).read_text())
+    problem = problem.of(plan.variant)
     context = replace(problem.context([]), schemes=Card.read(folder).schemes)
     module = compress_numerics(compress_structure(problem.model.build(), plan, context), plan, context)
     load_model(module, folder / WEIGHTS)

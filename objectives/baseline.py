@@ -126,7 +126,7 @@ def _best_format(problem: Problem, site: Site, folder: Path, scores: Mapping[int
         latency_low_ms=latency.low_ms,
         latency_high_ms=latency.high_ms,
         speedup=latency.speedup,
-        size_bytes=(folder / site.model).stat().st_size,
+        size_bytes=site.size(folder),
         **site.usage(call),
     )
 

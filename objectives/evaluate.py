@@ -18,13 +18,16 @@ from paretune.errors import TrialError
 from paretune.objectives.accelerator import release_memory, training_device
 from paretune.objectives.artifact import replace_folder, save_artifact
 from paretune.objectives.baseline import Baseline
-from paretune.objectives.compress import compress_numerics, compress_structure, freeze_quantizers
+from paretune.objectives.compress import compress_numerics, compress_structure, resolve_plan
+from paretune.objectives.course import train
 from paretune.objectives.data.residency import make_resident
 from paretune.objectives.data.splits import Batch, Splits
 from paretune.objectives.device import is_cuda
-from paretune.objectives.finetune import Teacher, Training, TrainingReport, fit
+from paretune.objectives.distillation import Ensemble, Hints, Teacher
+from paretune.objectives.finetune import Training, TrainingReport
 from paretune.objectives.latency import Latency, Protocol, measure_paired
 from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
+from paretune.objectives.packing import pack
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Session
 from paretune.objectives.scoring import artifact_outputs
@@ -62,7 +65,8 @@ class _Trial:
     """One evaluation under way.
 
     Attributes:
-        plan: What to do.
+        problem: Whose model is compressed: the job's, or one with a variant in its place.
+        plan: What to do, resolved.
         seed: Of its randomness.
         epochs: Of the fine-tuning.
         float_bits: Target's name to the width of all that isn't quantized.
@@ -70,6 +74,7 @@ class _Trial:
         watch: Where its time goes.
     """
 
+    problem: Problem
     plan: CompressionPlan
     seed: int
     epochs: float
@@ -100,9 +105,18 @@ class Evaluator:
 
     @cached_property
     def _teacher(self) -> Teacher:
-        source = self._problem.teacher or self._problem.model
-        splits = self._problem.splits
-        return Teacher(source.build(), len(splits.train), cached=splits.augment is None)
+        problem, splits = self._problem, self._problem.splits
+        cached = splits.augment is None and not problem.training.augment
+        return Teacher(Ensemble(self._teachers, problem.task.ensemble), len(splits.train), cached=cached)
+
+    @cached_property
+    def _teachers(self) -> list[nn.Module]:
+        return [source.build() for source in self._problem.teachers or (self._problem.model,)]
+
+    @cached_property
+    def _hints(self) -> Hints | None:
+        layers = self._problem.training.hints
+        return Hints(self._teachers[0], layers) if layers else None
 
     @cached_property
     def _training_splits(self) -> Splits:
@@ -137,7 +151,7 @@ class Evaluator:
             plan: What to do.
             folder: Is made, or replaced; nothing changes there if the trial fails.
             seed: Of the training batches, dropout and random importance.
-            epochs: Of the fine-tuning; the job's own where None.
+            epochs: Of the fine-tuning; the job's own where None, none at all where 0.
 
         Raises:
             TrialError: The loss isn't finite, or a layer runs in another width than the plan asks for.
@@ -148,8 +162,7 @@ class Evaluator:
             work = Path(made) / "artifact"
             work.mkdir()
             self._load_baselines()
-            epochs = self._problem.training.epochs if epochs is None else epochs
-            trial = _Trial(plan, seed, epochs, self._float_bits(plan), work)
+            trial = self._begin(plan, seed, epochs, work)
             model, params, macs = self._compress(trial)
             early = self._measure_early(trial, model)
             module, training = self._finetune(trial, model)
@@ -164,7 +177,7 @@ class Evaluator:
                 save_artifact(
                     work,
                     module,
-                    plan,
+                    trial.plan,
                     {name: entry.session for name, entry in built.items()},
                     self._problem,
                     float_bits=trial.float_bits,
@@ -174,9 +187,39 @@ class Evaluator:
         deployments = {name: deployment for name, (_, deployment) in found.items()}
         return Record(measurement, deployments, trial.watch.seconds, asdict(training))
 
+    def outline(self, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+        """What is known of a plan without training: latencies with their upper ends, sizes, params and macs.
+
+        They are named as in a measurement: ``latency_ms``, ``latency_high_ms@NAME`` and so on.
+
+        Raises:
+            TrialError: A layer runs in another width than the plan asks for.
+        """
+        torch.manual_seed(seed)
+        with TemporaryDirectory(prefix="paretune-outline-") as made, self._device.shared():
+            self._load_baselines()
+            trial = self._begin(plan, seed, 0, Path(made))
+            model, params, macs = self._compress(trial)
+            early = self._measure_early(trial, model, Protocol())
+        found: dict[str, float] = {"params": params, "macs": macs}
+        for name, (latency, size) in early.items():
+            suffix, (middle, _, high, _) = f"@{name}" if name else "", self._by_speedup(name, latency)
+            found |= {f"latency_ms{suffix}": middle, f"latency_high_ms{suffix}": high, f"size_bytes{suffix}": size}
+        return found
+
     def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
         """Measure artifacts together and score them on validation and test; see `paretune.objectives.verify`."""
         return verify(self._problem, self._baseline.folder, folders, rounds=rounds)
+
+    def _begin(self, plan: CompressionPlan, seed: int, epochs: float | None, folder: Path) -> _Trial:
+        problem = self._problem.of(plan.variant)
+        watch = Stopwatch()
+        if not plan.is_resolved:
+            with watch.phase("compress"):
+                context = replace(problem.context(self._calibration), grids=problem.grids, exclude=problem.exclude)
+                plan = resolve_plan(problem.model.build(), plan, context)
+        epochs = problem.training.epochs if epochs is None else epochs
+        return _Trial(problem, plan, seed, epochs, self._float_bits(plan), folder, watch)
 
     def _float_bits(self, plan: CompressionPlan) -> dict[str, int]:
         """The plan's float width on the first target; it stands for the best float format of each other one."""
@@ -191,40 +234,40 @@ class Evaluator:
     def _compress(self, trial: _Trial) -> tuple[nn.Module, int, int]:
         """The pruned model, its parameters and its MACs."""
         with trial.watch.phase("compress"):
-            context = self._problem.context(self._calibration)
-            model = compress_structure(self._problem.model.build(), trial.plan, context)
-            macs, _ = count_macs(model.eval(), self._problem.forward)
+            context = trial.problem.context(self._calibration)
+            model = compress_structure(trial.problem.model.build(), trial.plan, context)
+            macs, _ = count_macs(model.eval(), trial.problem.forward)
             return model, sum(parameter.numel() for parameter in model.parameters()), macs
 
-    def _measure_early(self, trial: _Trial, model: nn.Module) -> dict[str, tuple[Latency, int]]:
+    def _measure_early(
+        self, trial: _Trial, model: nn.Module, protocol: Protocol = EARLY
+    ) -> dict[str, tuple[Latency, int]]:
         """Latency and size of the untrained artifact on each target: they depend on the plan, not on the weights."""
         with trial.watch.phase("compress"):
-            context = self._problem.context(self._calibration[:1])
+            context = trial.problem.context(self._calibration[:1])
             module = compress_numerics(model, trial.plan, context)
         built = self._deploy(trial, module)
         found = {}
         for name, site in self._problem.sites.items():
             with self._device.exclusive(), trial.watch.phase("measure"):
-                latency = self._clock(site, built[name].session, EARLY)
-            found[name] = latency, (trial.folder / site.model).stat().st_size
+                latency = self._clock(site, built[name].session, protocol)
+            found[name] = latency, site.size(trial.folder)
         return found
 
     def _finetune(self, trial: _Trial, model: nn.Module) -> tuple[nn.Module, TrainingReport]:
-        """Train in floats, then through the quantizers; returns the module to deploy, on the CPU."""
-        problem, config = self._problem, trial.plan.finetune
+        """Train what was compressed; returns the module to deploy, on the CPU."""
+        problem, plan = trial.problem, trial.plan
         with trial.watch.phase("train"):
-            teacher = self._teacher if config.distillation_weight > 0 else None
-            splits = self._training_splits
-            training = Training(splits, problem.task, problem.training, teacher, self._device.step_aside)
-            total = training.steps(trial.epochs)
-            quantizes = any(bits <= 8 for bits in trial.plan.quantize.bits.values())
-            border = total - (round(problem.training.quantized_share * total) if quantizes else 0)
-            batches = training.batches(trial.seed)
-            report = fit(model, training, config, batches, range(border), total)
-            module = compress_numerics(model, trial.plan, problem.context(self._calibration))
-            part = range(border, total)
-            report = fit(module, training, config, batches, part, total, micro_batch=report.micro_batch)
-            freeze_quantizers(module)
+            teacher = self._teacher if plan.finetune.distillation_weight > 0 else None
+            hints = self._hints if plan.finetune.hint_weight > 0 else None
+            training = Training(
+                self._training_splits, problem.task, problem.training, teacher, self._device.step_aside, hints
+            )
+            context = problem.context(self._calibration)
+            first = plan.schedule.fractions[0]
+            if first < 1:  # what was compressed wholly, for the early measurement, went too far
+                model = compress_structure(problem.model.build(), plan, context, first)
+            module, report = train(model, plan, training, context, seed=trial.seed, epochs=trial.epochs)
             release_memory()  # the runtime that measures, and other workers, may need it
         return module, report
 
@@ -234,12 +277,16 @@ class Evaluator:
         with trial.watch.phase("deploy"):
             for site in {site.model: site for site in self._problem.sites.values()}.values():
                 site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
+                if trial.plan.is_packable:
+                    pack(trial.folder / site.model, trial.folder / site.packed)
             for name, site in self._problem.sites.items():
-                bits = trial.float_bits[name]
+                float_bits = trial.float_bits[name]
                 with self._tuning(site):
-                    session = site.load(trial.folder, bits)
-                executed = check_executed(session.layers(), trial.plan.quantize.bits, bits, self._layers[name])
-                found[name] = _Built(session, executed)
+                    session = site.load(trial.folder, float_bits)
+                reports = session.layers()
+                # Which layers of a variant a runtime reports isn't known beforehand.
+                known = reports if trial.plan.variant else self._layers[name]
+                found[name] = _Built(session, check_executed(reports, module, float_bits, known))
         return found
 
     def _tuning(self, *sites: Site) -> AbstractContextManager[None]:
@@ -257,7 +304,7 @@ class Evaluator:
         """What the artifact is worth on a target, and how that was found out."""
         accuracy = self._score(trial, site)
         latency, noisy, usage = self._measure(trial, site, built.session)
-        size = (trial.folder / site.model).stat().st_size
+        size = site.size(trial.folder)
         first, early_size = early
         return (
             OnTarget(accuracy, *self._by_speedup(site.name, latency), size, **usage),

@@ -112,7 +112,7 @@ class Record:
         measurement: On the validation split.
         deployments: Target's name, as in the measurement, to how the artifact was deployed and timed there.
         seconds: Phase of the trial to its duration.
-        training: How the model was trained: device, precision, size of the parts of a batch.
+        training: How the model was trained: device, precision, memory format, steps, how it ended.
     """
 
     measurement: Measurement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 
 import torch
@@ -16,7 +16,8 @@ from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch, Split, Splits, StreamSplit
 from paretune.objectives.device import Device
-from paretune.objectives.finetune import TrainOptions, check_training
+from paretune.objectives.distillation import check_teaching
+from paretune.objectives.finetune import Training, TrainOptions, check_training
 from paretune.objectives.models import ModelSource
 from paretune.objectives.runtimes import Target
 from paretune.objectives.runtimes.base import Array
@@ -25,6 +26,7 @@ from paretune.objectives.site import Site
 from paretune.objectives.tasks import Task
 from paretune.spaces.analysis import Analysis, analyse
 from paretune.spaces.graph import DependencyGraph
+from paretune.spaces.grid import channel_grid
 
 _CHECKED = 64
 """Samples that the model and task are tried on before anything is spent."""
@@ -40,9 +42,10 @@ class Problem:
         task: What it is for.
         target: Where it must run.
         training: How trials fine-tune.
-        teacher: Teaches in place of the dense model.
+        teachers: Teach in place of the dense model, several as an ensemble; none is the dense model itself.
         exclude: Glob patterns of layers that stay dense.
         others: Further targets that every artifact is measured on, by name.
+        variants: Lighter architectures that may take the model's place, by name.
     """
 
     model: ModelSource
@@ -50,9 +53,10 @@ class Problem:
     task: Task
     target: Target
     training: TrainOptions = field(default_factory=TrainOptions)
-    teacher: ModelSource | None = None
+    teachers: tuple[ModelSource, ...] = ()
     exclude: tuple[str, ...] = ()
     others: Mapping[str, Target] = field(default_factory=dict)
+    variants: Mapping[str, ModelSource] = field(default_factory=dict)
 
     @cached_property
     def example(self) -> Inputs:
@@ -63,6 +67,22 @@ class Problem:
     def channels(self) -> dict[str, int]:
         """Channels of each group of the dense model."""
         return {group.name: group.channels for group in DependencyGraph(self.model.build(), self.forward).groups()}
+
+    @cached_property
+    def grids(self) -> dict[str, list[int]]:
+        """Channel counts of each group that can be pruned, ascending; the last is the dense one."""
+        return {group.name: channel_grid(group.channels, unit=group.unit) for group in self.analyse().groups}
+
+    def of(self, variant: str | None) -> Problem:
+        """The problem with that variant as its model, taught by the model itself; this one where None."""
+        return self if variant is None else self._variants[variant]
+
+    @cached_property
+    def _variants(self) -> dict[str, Problem]:
+        teachers = self.teachers or (self.model,)
+        return {
+            name: replace(self, model=source, teachers=teachers, variants={}) for name, source in self.variants.items()
+        }
 
     def forward(self, model: nn.Module) -> Tensor:
         """Run a model on the example."""
@@ -109,7 +129,7 @@ class Problem:
         return named_arrays(self.splits.validation.head(size).inputs)
 
     def check(self) -> None:
-        """Try the model, the teacher and the task on real samples.
+        """Try the model, its variants, the teachers and the task on real samples.
 
         Raises:
             JobError: The outputs don't fit the task, aren't finite, or the validation split is smaller than a batch.
@@ -123,19 +143,27 @@ class Problem:
                 largest,
                 "use a smaller batch or a larger validation split",
             )
-        sources = {"model": self.model} | ({"teacher": self.teacher} if self.teacher else {})
-        for name, source in sources.items():
-            model = source.build()
-            for split in (self.splits.train, self.splits.validation, self.splits.test):
-                samples = split.head(_CHECKED)
-                outputs = _try(name, model, samples)
-                self.task.check(outputs, samples.targets)
-                if not isinstance(split, StreamSplit):
-                    # A label out of range may hide anywhere: one sample's outputs stand for those of all.
-                    for targets in torch.split(split.targets, _CHECKED):
-                        self.task.check(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets)
-            _check_same(name, model, source.build())
-        check_training(self.model.build(), self.splits, self.training)
+        label = "teacher[{}]" if len(self.teachers) > 1 else "teacher"
+        for position, source in enumerate(self.teachers):
+            self._check_source(label.format(position), source)
+        teachers = [source.build() for source in self.teachers or (self.model,)]
+        students = {"model": self.model} | {f"model.variants.{name}": found for name, found in self.variants.items()}
+        for name, source in students.items():
+            self._check_source(name, source)
+            check_teaching(source.build(), teachers, self.splits, self.task, self.training.hints)
+            check_training(source.build(), Training(self.splits, self.task, self.training))
+
+    def _check_source(self, name: str, source: ModelSource) -> None:
+        model = source.build()
+        for split in (self.splits.train, self.splits.validation, self.splits.test):
+            samples = split.head(_CHECKED)
+            outputs = _try(name, model, samples)
+            self.task.check(outputs, samples.targets)
+            if not isinstance(split, StreamSplit):
+                # A label out of range may hide anywhere: one sample's outputs stand for those of all.
+                for targets in torch.split(split.targets, _CHECKED):
+                    self.task.check(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets)
+        _check_same(name, model, source.build())
 
 
 def _check_same(name: str, model: nn.Module, again: nn.Module) -> None:

@@ -97,22 +97,35 @@ def check(
     override: Overrides = None,
     as_json: AsJson = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also show at which channel counts the target gets faster.")
+        bool,
+        typer.Option("--profile", help="Also show at which channel counts the target gets faster, and where slack is."),
     ] = False,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option("--heatmap", metavar="FILE.svg", dir_okay=False, help="Draw the slack too; implies --profile."),
+    ] = None,
     fresh: Fresh = False,
 ) -> None:
     """Say what can be pruned and what can't and why, what there is to choose, and what the search will cost."""
     from paretune.search.check import check as check_job
+    from paretune.search.heatmap import draw_heatmap
     from paretune.search.job import load_job
     from paretune.search.show import print_check, print_json, print_staircases
+    from paretune.search.slack import print_slack
 
+    loaded = load_job(job, override or [])
     with _progress() as report:
-        found = check_job(load_job(job, override or []), profile_channels=profile, fresh=fresh, report=report)
+        found = check_job(loaded, deep=profile or heatmap is not None, fresh=fresh, report=report)
+    if heatmap is not None and found.slack is not None:
+        heatmap.parent.mkdir(parents=True, exist_ok=True)
+        heatmap.write_text(draw_heatmap(found.slack, loaded.name), encoding="utf-8")
     if as_json:
         print_json(found.to_dict())
     else:
         print_check(found)
         print_staircases(found.staircases)
+        if found.slack is not None:
+            print_slack(found.analysis, found.slack)
 
 
 @app.command()

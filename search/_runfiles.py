@@ -63,6 +63,7 @@ class RunFiles:
     front: dict[str, Any]
     trials: list[dict[str, str]]
     analysis: dict[str, Any]
+    techniques: list[dict[str, Any]]
     environment: dict[str, Any]
     job: str
 
@@ -163,6 +164,7 @@ def load_run(run: Path) -> RunFiles:
         mapping("front.json"),
         trials,
         mapping("analysis.json"),
+        mapping("techniques.json").get("tried", []),
         mapping("environment.json"),
         text("job.yaml"),
     )

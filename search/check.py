@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,10 @@ from paretune.objectives.problem import Problem
 from paretune.objectives.staircase import Staircase
 from paretune.search.job import Job
 from paretune.search.local import cores
-from paretune.search.problem import float_widths, load_problem, make_job_space, profile_target
+from paretune.search.problem import float_widths, load_problem
+from paretune.search.profile import make_job_space, profile_job
+from paretune.search.slack import Slack, find_slack
+from paretune.search.techniques import Tried
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.plan import Finetuning
 from paretune.spaces.space import SearchSpace
@@ -51,7 +54,9 @@ class Check:
     space: SearchSpace
     baseline: dict[str, Any]
     estimate: Estimate
+    techniques: tuple[Tried, ...]
     staircases: Mapping[str, Staircase] = field(default_factory=dict)
+    slack: Slack | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -60,14 +65,16 @@ class Check:
             "space": {name: str(value) for name, value in self.space.distributions().items()},
             "baseline": self.baseline,
             "estimate": self.estimate.__dict__,
+            "techniques": [one.to_dict() for one in self.techniques],
             "staircases": {kind: staircase.to_dict() for kind, staircase in self.staircases.items()},
+            **(self.slack.to_dict() if self.slack else {}),
         }
 
 
 def check(
     job: Job,
     *,
-    profile_channels: bool = False,
+    deep: bool = False,
     fresh: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Check:
@@ -75,8 +82,8 @@ def check(
 
     Args:
         job: The job.
-        profile_channels: Also show at which channel counts the target gets faster.
-        fresh: Measure that even where this machine remembers it.
+        deep: Also show at which channel counts the target gets faster, and where the model has slack.
+        fresh: Measure channel counts even where this machine remembers it.
         report: Takes a line for the user.
 
     Raises:
@@ -89,18 +96,21 @@ def check(
         baseline, seconds = _timed(
             lambda: make_baseline(problem, analysis, Path(folder) / "baseline", float_bits=floats)
         )
-        analysis, found = profile_target(
-            job, problem, baseline, analysis, staircase=profile_channels, fresh=fresh, report=report
-        )
+        profile = profile_job(job, problem, baseline, analysis, staircase=deep, fresh=fresh, report=report)
         estimate = _estimate(job, problem, baseline, seconds / len(floats))
         float_bits = baseline.float_bits[""]
-        space = make_job_space(job, analysis, float_bits)
-        return Check(analysis, space, baseline.to_dict(), estimate, found if profile_channels else {})
+        space = make_job_space(job, problem, profile, float_bits)
+        found = Check(profile.analysis, space, baseline.to_dict(), estimate, profile.tried)
+    if not deep:
+        return found
+    return replace(
+        found, staircases=profile.staircases, slack=find_slack(problem, profile.analysis, space, report=report)
+    )
 
 
 def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: float) -> Estimate:
     workers = min(job.search.workers, cores())
-    training = Training(problem.splits, problem.task, problem.training)
+    training = Training(problem.splits, problem.task, replace(problem.training, compile=False))
     total = training.steps(problem.training.epochs)
     batches = training.batches(seed=0)
     model = problem.model.build()

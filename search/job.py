@@ -21,6 +21,7 @@ from paretune.search.job_errors import RuleError, as_job_error, short
 from paretune.search.job_sections import (
     DataSection,
     FinetuneSection,
+    MainModelSection,
     ModelSection,
     NamedTarget,
     SearchSection,
@@ -52,11 +53,11 @@ class Job(Section):
     name: Name = Field(
         description="Name of the job: letters, digits, '.', '_' and '-'; the run folder is named after it."
     )
-    model: ModelSection = Field(description="The trained model to compress: factory, args, weights.")
+    model: MainModelSection = Field(description="The trained model to compress: factory, args, weights, variants.")
     teacher: Teacher | None = Field(
         default="same",
         description="What teaches the compressed models: same, the dense model; another model (factory, args, "
-        "weights); null: nothing.",
+        "weights); a list of these, which teach as an ensemble; null: nothing.",
     )
     data: DataSection = Field(description="The data: source and args, or the source alone.")
     task: TaskName = Field(
@@ -163,6 +164,13 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _hints_have_a_teacher(self) -> Job:
+        if self.finetune.hints and self.teacher is None:
+            remedy = "name a teacher, e.g. teacher: same, or leave the hints out"
+            raise RuleError("must be empty without a teacher", short(self.finetune.hints), remedy, key="finetune.hints")
+        return self
+
+    @model_validator(mode="after")
     def _remember(self, info: ValidationInfo) -> Job:
         self._folder = folder_of(info)
         for position, constraint in enumerate(self.constraints):
@@ -187,8 +195,9 @@ class Job(Section):
         elsewhere; such a job can be read, but not run again without the object.
         """
         content = self.model_dump(mode="json")
-        teacher = self.teacher.factory if isinstance(self.teacher, ModelSection) else "same"
-        homes = [home_folder(value) for value in (self.model.factory, teacher, self.data.source, self.task)]
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        models = [self.model, *(teacher for teacher in teachers if isinstance(teacher, ModelSection))]
+        homes = [home_folder(value) for value in (*(m.factory for m in models), self.data.source, self.task)]
         content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))
         return write_yaml(content)
 

@@ -18,18 +18,28 @@ from pydantic import (
 from paretune.search.job_errors import RuleError
 from paretune.search.job_types import (
     Arguments,
+    Augmentations,
     AutoBool,
     Bits,
+    Choices,
+    Clusters,
     Device,
     Factory,
+    Flags,
+    Hints,
     Importances,
+    Methods,
     Name,
+    Observers,
+    Patterns,
     RateRange,
     ResolvedPath,
     RuntimeOptions,
+    Schedules,
     Section,
     Source,
     TemperatureRange,
+    WeightFrom0,
     WeightRange,
     resolve_path,
     string_or_object,
@@ -50,10 +60,31 @@ class ModelSection(Section):
     )
 
 
+class MainModelSection(ModelSection):
+    """The model of the job, and lighter ones that may take its place."""
+
+    variants: dict[Name, ModelSection] = Field(
+        default={},
+        description="Lighter architectures for the same inputs and outputs, by name (factory, args, weights): one more "
+        "choice of the search. Each is compressed like the model, and taught by it.",
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _not_the_model(cls, value: dict[str, ModelSection]) -> dict[str, ModelSection]:
+        if "model" in value:
+            raise RuleError("must not be called model, the name of the model itself", "'model'", "choose another name")
+        return value
+
+
 # Tags in angle brackets: messages leave them out of the key.
-Teacher = Annotated[
+_OneTeacher = Annotated[
     Annotated[Literal["same"], Tag("<same>")] | Annotated[ModelSection, Tag("<model>")],
     Discriminator(lambda value: "<same>" if isinstance(value, str) else "<model>"),
+]
+Teacher = Annotated[
+    Annotated[_OneTeacher, Tag("<one>")] | Annotated[Choices[_OneTeacher], Tag("<several>")],
+    Discriminator(lambda value: "<several>" if isinstance(value, list) else "<one>"),
 ]
 
 
@@ -88,11 +119,47 @@ class DataSection(Section):
 class SpaceSection(Section):
     """What may be chosen. A range is [low, high], or one number that fixes it."""
 
-    prune: bool = Field(default=True, description="Whether channels are removed.")
-    quantize: bool = Field(default=True, description="Whether layers get a bit-width.")
-    max_ratio: float = Field(
-        default=0.75, gt=0, lt=1, description="Largest share of a group's channels removed, in (0, 1)."
+    prune: AutoBool = Field(
+        default="auto",
+        description="Whether channels may be removed; auto: where a trial on the targets, before the search, shows "
+        "that it saves something of what the objectives count.",
     )
+    quantize: AutoBool = Field(
+        default="auto", description="Whether layers get a bit-width of 8 or less; auto as for prune, for each width."
+    )
+    scope: Literal["layer", "global", "threshold"] = Field(
+        default="layer",
+        description="What is chosen for pruning: layer, a ratio for each group; global, one ratio of all channels, the "
+        "least important of the whole model first; threshold, one bound below which channels go.",
+    )
+    max_ratio: float = Field(
+        default=0.75, gt=0, lt=1, description="Largest share of channels removed, of a group or of all, in (0, 1)."
+    )
+    schedule: Schedules = Field(
+        default=["one-shot"],
+        description="In how many cuts, with fine-tuning after each: one-shot, linear:N, cubic:N, coarse-fine:N.",
+    )
+    factorize: AutoBool = Field(
+        default="auto", description="Whether layers may be split into low-rank factors; auto as for prune."
+    )
+    method: Methods = Field(
+        default=["tucker"], description="How convolutions are factorized: tucker, spatial; all else by SVD."
+    )
+    sparsify: AutoBool = Field(
+        default="auto", description="Whether single weights may be set to zero; auto as for prune."
+    )
+    pattern: Patterns = Field(
+        default="auto",
+        description="What sparse weights look like: unstructured, or N:M such as 2:4; auto: unstructured, and the "
+        "patterns that the targets have kernels for.",
+    )
+    max_sparsity: float = Field(
+        default=0.9, gt=0, lt=1, description="Largest share of a layer's weights set to zero, in (0, 1)."
+    )
+    share: AutoBool = Field(
+        default="auto", description="Whether layers may share few weights in a codebook; auto as for prune."
+    )
+    clusters: Clusters = Field(default=[64, 16], description="Sizes of codebooks, in [2, 256], beside none at all.")
     bits: Bits = Field(
         default="auto",
         description="Bit-widths to choose from, from 2 to 32; auto: those the target's runtime executes.",
@@ -104,13 +171,33 @@ class SpaceSection(Section):
         "fixed, multiples of 8, and of 16 from 64 on.",
     )
     importance: Importances = Field(
-        default=["l1"], description="Rules for which channels go first: l1, l2, bn-scale, taylor, random."
+        default=["l1"],
+        description="Rules for which channels go first: l1, l2, bn-scale, fpgm, lamp, taylor, hessian, activation, "
+        "apoz, random.",
+    )
+    observer: Observers = Field(
+        default=["minmax"], description="How ranges of quantized numbers are found: minmax, percentile, mse."
+    )
+    aware: Flags = Field(
+        default=[True], description="Whether the model is trained through its quantizers, or quantized afterwards."
+    )
+    activations: Choices[Literal["quantized", "float"]] = Field(
+        default=["quantized"], description="quantized, or float: weights alone are quantized, which saves size."
+    )
+    granularity: Choices[Literal["per-channel", "per-tensor"]] = Field(
+        default=["per-channel"], description="How many scales quantized weights have: per-channel, per-tensor."
+    )
+    affine: Flags = Field(
+        default=[False], description="Whether quantized weights have a zero point, where activations are float."
     )
     temperature: TemperatureRange = Field(
         default=(1.0, 8.0), description="Range of the distillation temperature, >= 1."
     )
     distillation_weight: WeightRange = Field(
         default=(0.0, 1.0), description="Range of the teacher's share of the loss, in [0, 1]."
+    )
+    hint_weight: WeightFrom0 = Field(
+        default=(0.0, 0.0), description="Range of the weight of the loss on finetune.hints, >= 0."
     )
     learning_rate: RateRange = Field(
         default=(1e-4, 1e-2), description="Range of the peak learning rate, > 0, searched on a log scale."
@@ -122,12 +209,12 @@ class SpaceSection(Section):
 
     @model_validator(mode="after")
     def _something_to_search(self) -> SpaceSection:
-        if not self.prune and not self.quantize:
-            raise RuleError(
-                "must leave something to choose",
-                "prune: false and quantize: false",
-                "set one of them to true",
-            )
+        switches = {name: getattr(self, name) for name in ("prune", "quantize", "factorize", "sparsify", "share")}
+        if not any(switches.values()):
+            raise RuleError("must leave something to choose", f"{', '.join(switches)}: false", "set one to true")
+        if True in self.affine and "float" not in self.activations:
+            remedy = "add float to activations: integer kernels want weights without one"
+            raise RuleError("must be false where activations are quantized", "true", remedy, key="affine")
         return self
 
 
@@ -140,11 +227,36 @@ class FinetuneSection(Section):
     batch_size: int = Field(default=128, ge=1, description="Samples a training step.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw, or sgd with momentum.")
     weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay, >= 0.")
+    schedule: Literal["cosine", "one-cycle"] = Field(
+        default="cosine",
+        description="Of the learning rate: cosine, with a warm-up; one-cycle, with less momentum at the peak.",
+    )
     warmup: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises, in [0, 1)."
+        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate of cosine rises, in [0, 1)."
+    )
+    plateau: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of the steps, in (0, 1): when the loss hasn't fallen over so many, the rest of the schedule "
+        "is run through in as many; null: never.",
     )
     gradient_clip: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="Largest norm of the gradient, > 0; null for no limit."
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each label that goes to all classes alike, in [0, 1); for classification alone.",
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay of the average of the weights that takes their place in the end, in (0, 1); null: none.",
+    )
+    freeze_batchnorm: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, the last ones, that leave batch norm's statistics as they are, in [0, 1].",
     )
     device: str = Field(
         default="auto",
@@ -158,13 +270,26 @@ class FinetuneSection(Section):
         default=True, description="Whether a GPU may compute in TF32 what stays float32; without effect on a CPU."
     )
     channels_last: AutoBool = Field(
-        default="auto", description="Memory layout of images in training: true, false or auto."
+        default="auto",
+        description="Memory layout of images in training: true, false or auto, where it makes the net's kind faster.",
+    )
+    compile: bool = Field(
+        default=False, description="Whether torch.compile compiles the training; pays off in long ones on a GPU."
     )
     quantized_share: float = Field(
         default=0.3,
         ge=0,
         le=1,
         description="Share of the steps, the last ones, with fake quantization on, in [0, 1].",
+    )
+    augment: Augmentations = Field(
+        default=[],
+        description="What is done to each training batch of images: crop, flip, cutout; mixup, also of other inputs.",
+    )
+    hints: Hints = Field(
+        default=[],
+        description="Layers whose features follow the teacher's, the first one's of several: names of layers that both "
+        "have, or a mapping of the model's names to the teacher's.",
     )
     calibration_batches: int = Field(
         default=4, ge=1, description="Batches from which the ranges of activations are read."

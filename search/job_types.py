@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from paretune.search.job_errors import RuleError, short
-from paretune.spaces.plan import Importance
+from paretune.spaces.plan import Importance, Method, Observer, Schedule, Sparsification
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
@@ -248,6 +248,24 @@ def _as_bits(value: Any) -> Any:
     return list(value)
 
 
+def _schedule(value: str) -> str:
+    try:
+        Schedule.parse(value)
+    except ValueError as error:
+        rule = "must be one-shot, or linear:N, cubic:N or coarse-fine:N with N >= 2 cuts"
+        raise RuleError(rule, short(value), "write e.g. cubic:4") from error
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        Sparsification(pattern=value)
+    except ValueError as error:
+        rule = "must be unstructured, or N:M with 0 < N < M"
+        raise RuleError(rule, short(value), "write e.g. 2:4") from error
+    return value
+
+
 def _auto_or_bool(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise RuleError("must be true, false or 'auto'", short(value), "use auto unless you have measured")
@@ -259,6 +277,14 @@ def _unique(values: list[_T]) -> list[_T]:
         if value in values[:position]:
             raise RuleError("must not repeat an entry", short(value), "remove one of them")
     return values
+
+
+def _layers(value: Any) -> Any:
+    names = [*value, *value.values()] if isinstance(value, dict) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        rule = "must be a list of layers' names, or a mapping of the model's to the teacher's"
+        raise RuleError(rule, short(value), "write e.g. [layer2, layer3]")
+    return value if isinstance(value, dict) else _unique(names)
 
 
 def _name(value: Any) -> Any:
@@ -285,7 +311,19 @@ Bits = Annotated[
     BeforeValidator(_as_bits),
     AfterValidator(lambda v: v if v == "auto" else _unique(cast("list[int]", v))),
 ]
-Importances = Annotated[list[Importance], Field(min_length=1), AfterValidator(_unique)]
+Choices = Annotated[list[_T], Field(min_length=1), AfterValidator(_unique)]
+"""A list of which the search chooses one entry; a single one fixes it."""
+
+Augmentations = Annotated[list[Literal["crop", "flip", "cutout", "mixup"]], AfterValidator(_unique)]
+Hints = Annotated[list[str] | dict[str, str], BeforeValidator(_layers)]
+Importances = Choices[Importance]
+Schedules = Choices[Annotated[str, AfterValidator(_schedule)]]
+Patterns = Literal["auto"] | Choices[Annotated[str, AfterValidator(_pattern)]]
+Methods = Choices[Method]
+Observers = Choices[Observer]
+Flags = Choices[bool]
+Clusters = Choices[Annotated[int, Field(ge=2, le=256)]]
+WeightFrom0 = Annotated[_RangeBase, AfterValidator(_in_bounds(0, float("inf")))]
 AutoBool = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)]
 ResolvedPath = Annotated[Path | None, BeforeValidator(resolve_path)]
 Arguments = Annotated[dict[str, Any], PlainSerializer(plain, when_used="json")]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from paretune.errors import JobError
-from paretune.objectives.baseline import Baseline, profile
-from paretune.objectives.compress.schemes import Schemes, merge
+from paretune.objectives.baseline import Baseline
 from paretune.objectives.data import load_splits
 from paretune.objectives.device import Device
 from paretune.objectives.evaluate import Evaluator
@@ -19,12 +15,9 @@ from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Capabilities, Target, get_runtime
-from paretune.objectives.staircase import Staircase, staircases, useful_counts
 from paretune.objectives.tasks import load_task
 from paretune.search.job import Job
 from paretune.search.job_sections import ModelSection, TargetSection
-from paretune.spaces.analysis import EXCLUDED, Analysis
-from paretune.spaces.space import Options, SearchSpace, make_space
 
 BASELINE = "baseline"
 """Folder of the dense artifact in a run."""
@@ -38,7 +31,6 @@ def load_problem(job: Job) -> Problem:
     """
     job.add_python_path()
     others = {name: _target(section) for name, section in job.other_targets.items()}
-    teacher = job.teacher if isinstance(job.teacher, ModelSection) else None
     problem = Problem(
         model=_source(job.model, "model"),
         splits=load_splits(job.data.source, job.data.args),
@@ -46,8 +38,9 @@ def load_problem(job: Job) -> Problem:
         target=_target(job.target),
         others=others,
         training=TrainOptions(**job.finetune.model_dump()),
-        teacher=_source(teacher, "teacher") if teacher else None,
+        teachers=_teachers(job),
         exclude=tuple(job.space.exclude),
+        variants={name: _source(section, f"model.variants.{name}") for name, section in job.model.variants.items()},
     )
     for position, site in enumerate(problem.sites.values()):
         with _naming(f"targets[{position}]" if others else "target"):
@@ -74,6 +67,17 @@ def _source(section: ModelSection, key: str) -> ModelSource:
     return ModelSource(section.factory, section.args, Path(section.weights) if section.weights else None, key)
 
 
+def _teachers(job: Job) -> tuple[ModelSource, ...]:
+    """Empty where the dense model teaches alone, or nothing does."""
+    if isinstance(job.teacher, ModelSection):
+        return (_source(job.teacher, "teacher"),)
+    several = job.teacher if isinstance(job.teacher, list) else []
+    return tuple(
+        _source(job.model if section == "same" else section, f"teacher[{position}]")
+        for position, section in enumerate(several)
+    )
+
+
 def load_evaluator(job: Job, run: Path) -> Evaluator:
     """The evaluator of a worker; the run holds the baseline already."""
     with Device(*job.devices).shared():
@@ -91,6 +95,8 @@ def float_widths(job: Job) -> tuple[int, ...]:
     if job.space.bits == "auto":
         return capabilities.float_bits
     known = set(capabilities.float_bits).union(*capabilities.integer_bits.values())
+    if 8 in known or "float" in job.space.activations:
+        known |= set(range(2, 9))  # without kernels of their own they are stored, and run, in 8
     for width in job.space.bits:
         if width not in known:
             raise JobError(
@@ -110,76 +116,9 @@ def float_widths(job: Job) -> tuple[int, ...]:
     return floats or capabilities.float_bits
 
 
-def layer_widths(job: Job, analysis: Analysis, float_bits: int) -> Mapping[str, tuple[int, ...]]:
-    """Widths that the search may give to each layer, widest first; empty where the job quantizes nothing."""
-    if not job.space.quantize:
-        return {}
-    allowed: Any = None if job.space.bits == "auto" else set(job.space.bits)
-    fixed = {entry.layer for entry in analysis.frozen if entry.reason == EXCLUDED}
-    widths = {}
-    for name, probed in analysis.widths.items():
-        offered = tuple(width for width in probed if allowed is None or width in allowed)
-        widths[name] = (float_bits,) if name in fixed or not offered else offered
-    return widths
-
-
-def profile_target(
-    job: Job,
-    problem: Problem,
-    baseline: Baseline,
-    analysis: Analysis,
-    *,
-    staircase: bool = False,
-    fresh: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-) -> tuple[Analysis, dict[str, Staircase]]:
-    """The analysis with what the target makes of the model: latency shares, widths, and useful channel counts.
-
-    Args:
-        job: Decides whether channel counts are probed.
-        problem: What it is about.
-        baseline: The dense artifact.
-        analysis: Of the model.
-        staircase: Probe channel counts even where the job has fixed ones.
-        fresh: Measure them even where this machine remembers them.
-        report: Takes a line for the user.
-
-    Returns:
-        The analysis, and the staircases by layer kind; none where nothing was probed.
-    """
-    analysis = profile(problem, baseline, analysis)
-    probes = job.space.prune and job.space.channels == "probe"
-    if not probes and not staircase:
-        return analysis, {}
-    report("measuring at which channel counts the target gets faster (remembered for the next run)")
-    found = staircases(problem.target, analysis, baseline.float_bits[""], fresh=fresh)
-    return replace(analysis, counts=useful_counts(found)) if probes else analysis, found
-
-
-def make_job_space(job: Job, analysis: Analysis, float_bits: int) -> SearchSpace:
-    """The search space of a job."""
-    space = job.space
-    weight = (0.0, 0.0) if job.teacher is None else space.distillation_weight
-    options = Options(
-        prune=space.prune,
-        max_ratio=space.max_ratio,
-        importance=tuple(space.importance),
-        temperature=(space.temperature[0],) * 2 if job.teacher is None else space.temperature,
-        distillation_weight=weight,
-        learning_rate=space.learning_rate,
-        multiples={width: scheme.least_block for width, scheme in _schemes(job).items() if scheme.block},
-    )
-    return make_space(analysis, layer_widths(job, analysis, float_bits), options)
-
-
 def _capabilities(job: Job) -> Capabilities:
-    return _of_target(job.target)
+    return of_target(job.target)
 
 
-def _schemes(job: Job) -> Schemes:
-    """How quantized layers must be quantized to run on every target."""
-    return reduce(merge, (_of_target(target).schemes for target in (job.target, *job.targets[1:])))
-
-
-def _of_target(target: TargetSection) -> Capabilities:
+def of_target(target: TargetSection) -> Capabilities:
     return get_runtime(target.runtime, target.options).capabilities(target.device)

@@ -66,6 +66,7 @@ def write_report(run: Path, *, command: str | None = None) -> Path:
         running=bool(data.states["RUNNING"] or data.states["WAITING"]),
         table=_front_table(data),
         layers=_layer_map(data),
+        techniques=_techniques(data),
         hypervolume=_hypervolume(data),
         timeline=_timeline(data),
         failures=_failures(data),
@@ -238,10 +239,11 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
     for layer in layers:
         name, group = layer["name"], layer.get("group")
         cells = []
-        for widths, pruned in zip(bits, ratios, strict=True):
+        for plan, widths, pruned in zip(plans, bits, ratios, strict=True):
             ratio = float(pruned.get(group, 0.0)) if group else None
             css = "fixed" if ratio is None else f"r{min(9, math.ceil(ratio * 10))}"
-            cells.append({"text": str(widths.get(name, dense)), "css": css, "ratio": ratio})
+            text = " ".join([str(widths.get(name, dense)), *_further(plan, name)])
+            cells.append({"text": text, "css": css, "ratio": ratio})
         share = number(layer, "latency_share")
         about = {
             "kind": layer.get("kind", ""),
@@ -254,12 +256,40 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
         "distillation temperature": ("finetune", "temperature"),
         "distillation weight": ("finetune", "distillation_weight"),
         "channel importance": ("prune", "importance"),
+        "cuts": ("schedule", "shape"),
+        "factors of convolutions": ("factorize", "method"),
+        "zeros": ("sparsify", "pattern"),
+        "observer": ("quantize", "observer"),
+        "hint weight": ("finetune", "hint_weight"),
     }
     choices = [
         (name, [str((plan.get(part) or {}).get(key, UNKNOWN)) for plan in plans])
         for name, (part, key) in settings.items()
     ]
+    choices.append(("architecture", [str(plan.get("variant") or UNKNOWN) for plan in plans]))
+    choices = [(name, values) for name, values in choices if set(values) != {UNKNOWN}]
     return {"rows": rows, "choices": choices, "dense": dense, "picks": run.picks()}
+
+
+def _further(plan: Mapping[str, Any], layer: str) -> list[str]:
+    """Beside width and channels: rank, zeros and codebook of a layer, short enough for a cell."""
+    found = []
+    for mark, technique, key in (("r", "factorize", "ranks"), ("z", "sparsify", "sparsity")):
+        share = number((plan.get(technique) or {}).get(key), layer)
+        if share:
+            found.append(f"{mark}{share:.0%}".rstrip("%"))
+    clusters = number((plan.get("share") or {}).get("clusters"), layer)
+    return [*found, f"k{clusters:.0f}"] if clusters else found
+
+
+def _techniques(run: RunFiles) -> dict[str, Any]:
+    """What each technique brought when it was tried before the search: a row each, a column for each objective."""
+    names = list(dict.fromkeys(name for one in run.techniques for name in one["left"]))
+    rows = [
+        {**one, "left": [UNKNOWN if name not in one["left"] else f"{one['left'][name]:.0%}" for name in names]}
+        for one in run.techniques
+    ]
+    return {"names": names, "rows": rows}
 
 
 def _hypervolume(run: RunFiles) -> dict[str, Any]:

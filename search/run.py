@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +26,8 @@ from paretune.objectives.problem import Problem
 from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
-from paretune.search.problem import BASELINE, float_widths, load_problem, make_job_space, profile_target
+from paretune.search.problem import BASELINE, float_widths, load_problem
+from paretune.search.profile import Profile, make_job_space, profile_job
 from paretune.search.report import write_report
 from paretune.search.requests import Evaluate
 from paretune.search.results import candidates, write_front, write_trials
@@ -82,10 +82,10 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}-") as made:
         prepared = Path(made) / job.name
-        analysis = _prepare(job, problem, analysis, prepared, floats, report)
+        profile = _prepare(job, problem, analysis, prepared, floats, report)
         # In one step, so that a job that can't be deployed leaves no run behind, and a run is never half made.
         prepared.rename(folder)
-    return _search(job, folder, analysis, problem.task.metric_name, report)
+    return _search(job, folder, problem, profile, report)
 
 
 def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None) -> Path:
@@ -108,10 +108,7 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
         job = make_job(job)
     report = report or _to_stderr
     problem = load_problem(job)
-    stored = json.loads((folder / "analysis.json").read_text())
-    widths, counts = ({name: tuple(values) for name, values in stored[key].items()} for key in ("widths", "counts"))
-    analysis = replace(problem.analyse(), latency_share=stored["latency_share"], widths=widths, counts=counts)
-    return _search(job, folder, analysis, problem.task.metric_name, report)
+    return _search(job, folder, problem, Profile.read(folder, problem), report)
 
 
 def refresh_trials(folder: Path) -> None:
@@ -126,24 +123,26 @@ def refresh_trials(folder: Path) -> None:
 
 def _prepare(
     job: Job, problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
-) -> Analysis:
-    """Make a run folder: the job, the environment, the measured baseline; returns the analysis with latency shares."""
+) -> Profile:
+    """Make a run folder: the job, the environment, the measured baseline, what the targets make of the model."""
     folder.mkdir()
     (folder / "job.yaml").write_text(job.to_yaml())
     _write_json(folder / "environment.json", environment())
     baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
     _check_measurable(job, baseline.measurement)
-    analysis, _ = profile_target(job, problem, baseline, analysis, report=report)
+    profile = profile_job(job, problem, baseline, analysis, report=report)
     release_memory()
-    make_job_space(job, analysis, baseline.float_bits[""])  # so that a space that can't be made leaves no run
-    _write_json(folder / "analysis.json", analysis.to_dict())
+    make_job_space(job, problem, profile, baseline.float_bits[""])  # so that a space that can't be made leaves no run
+    profile.write(folder)
     for name, measured in baseline.measurement.on.items():
         report(
             f"baseline{f' on {name}' if name else ''}: {problem.task.metric_name} {measured.accuracy:.4f}, "
             f"{measured.latency_ms:.3f} ms as {baseline.card.deployed[name].float_format}, "
             f"{measured.size_bytes:,} bytes"
         )
-    return analysis
+    for one in profile.tried:
+        report(f"{one.technique} ({one.setting}): {'offered' if one.offered else 'not offered'}, {one.reason}")
+    return profile
 
 
 def _check_measurable(job: Job, measured: Measurement) -> None:
@@ -158,14 +157,14 @@ def _check_measurable(job: Job, measured: Measurement) -> None:
                 raise JobError(f"{key}[{position}]", rule, repr(name), remedy)
 
 
-def _search(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
+def _search(job: Job, folder: Path, problem: Problem, profile: Profile, report: Report) -> Path:
     with _alone(folder):
-        return _search_alone(job, folder, analysis, metric, report)
+        return _search_alone(job, folder, problem, profile, report)
 
 
-def _search_alone(job: Job, folder: Path, analysis: Analysis, metric: str, report: Report) -> Path:
-    baseline = Baseline(folder / BASELINE)
-    space = make_job_space(job, analysis, baseline.float_bits[""])
+def _search_alone(job: Job, folder: Path, problem: Problem, profile: Profile, report: Report) -> Path:
+    metric = problem.task.metric_name
+    space = make_job_space(job, problem, profile, Baseline(folder / BASELINE).float_bits[""])
     study = open_study(job, folder, space)
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
@@ -213,6 +212,8 @@ def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
     if count is None:
         count = min(8, (job.search.trials or 40) // 5)
     study.enqueue(space.sweep(0), "dense")
+    for variant in space.variants:
+        study.enqueue(space.uniform(variant=variant), "variant")
     seen = {space.sweep(0).hash}
     for plan in map(space.sweep, range(1, 1 + count)):
         if plan.hash not in seen:  # a small space has fewer uniform plans than that

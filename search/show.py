@@ -102,6 +102,15 @@ def _cells(name: str, point: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_PER_LAYER = {
+    "prune": "ratios",
+    "bits": "bit-widths",
+    "rank": "ranks",
+    "sparsity": "sparsities",
+    "clusters": "codebooks",
+}
+
+
 def print_check(check: Check) -> None:
     """Print what a job will meet."""
     console = Console(soft_wrap=True, highlight=False)
@@ -125,7 +134,19 @@ def print_check(check: Check) -> None:
     for entry in data["frozen"]:
         frozen.add_row(entry["layer"], entry["reason"])
     console.print(frozen)
+    _print_techniques(console, check)
     _print_costs(console, check)
+
+
+def _print_techniques(console: Console, check: Check) -> None:
+    names = list(dict.fromkeys(name for one in check.techniques for name in one.left))
+    table = Table(title="tried without training, all layers at once; what is left of the baseline's")
+    for column in ("technique", "setting", *names, "offered", "why"):
+        table.add_column(column, justify="right" if column in names else "left", overflow="fold")
+    for one in check.techniques:
+        left = [f"{one.left[name]:.0%}" if name in one.left else "-" for name in names]
+        table.add_row(one.technique, one.setting, *left, "yes" if one.offered else "no", one.reason)
+    console.print(table)
 
 
 def _print_costs(console: Console, check: Check) -> None:
@@ -139,11 +160,10 @@ def _print_costs(console: Console, check: Check) -> None:
     if floats:
         console.print(f"layers that stay in one width: {', '.join(floats)}")
     names = list(check.space.distributions())
-    kinds = {kind: sum(name.startswith(kind) for name in names) for kind in ("prune/", "bits/")}
-    rest = [name for name in names if not name.startswith(tuple(kinds))]
-    console.print(
-        f"to choose: {kinds['prune/']} ratios, {kinds['bits/']} bit-widths, {', '.join(rest) or 'nothing else'}"
-    )
+    kinds = {kind: sum(name.startswith(f"{kind}/") for name in names) for kind in _PER_LAYER}
+    rest = [name for name in names if name.partition("/")[0] not in _PER_LAYER]
+    counted = [f"{count} {_PER_LAYER[kind]}" for kind, count in kinds.items() if count]
+    console.print(f"to choose: {', '.join([*counted, *rest]) or 'nothing'}")
     console.print(
         f"about {estimate.trial_seconds:.0f} s a trial and {estimate.seconds / 60:.0f} minutes for all at the dense "
         "model's pace (pruned ones train faster), and then the verification; "

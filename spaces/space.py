@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -13,30 +13,71 @@ from paretune.errors import JobError
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.graph import Group
 from paretune.spaces.grid import channel_grid, kept_of, ratio_of, snap
-from paretune.spaces.plan import CompressionPlan, Finetuning, Importance, Pruning, Quantization
+from paretune.spaces.plan import (
+    CompressionPlan,
+    Factorization,
+    Finetuning,
+    Importance,
+    Method,
+    Observer,
+    Pruning,
+    Quantization,
+    Schedule,
+    Sharing,
+    Sparsification,
+)
 
 Range = tuple[float, float]
+
+MODEL = "model"
+"""The choice of `variant` that stands for the model itself."""
+
+_RANK_STEP = 0.125
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the job allows.
+    """What the job allows. A tuple of choices with one entry fixes it; so does a range with equal ends.
 
     Attributes:
-        prune: Whether groups get a ratio.
-        max_ratio: Largest share of a group's channels removed, in (0, 1).
-        importance: Importances to choose from, at least one.
-        temperature: Range of the distillation temperature; equal ends fix it.
+        prune: Whether channels are removed.
+        scope: Whether each group has a ratio of its own, or all are ranked together by one ratio or one threshold.
+        max_ratio: Largest share of channels removed, of a group or of all, in (0, 1).
+        importance: Rules for which channels go first.
+        schedules: In how many cuts, as `Schedule.parse` reads them.
+        methods: How convolutions are factorized.
+        patterns: What sparse weights look like.
+        max_sparsity: Largest share of a layer's weights set to zero, in (0, 1).
+        clusters: Sizes of codebooks, beside none.
+        observers: How ranges of quantized numbers are found.
+        aware: Whether quantization is trained through.
+        activations: Whether they are quantized as well.
+        granularity: Of the weights' scales.
+        affine: Whether quantized weights have a zero point, where activations stay in floats.
+        temperature: Range of the distillation temperature.
         distillation_weight: Range of the teacher's share of the loss.
+        hint_weight: Range of the weight of the hint layers' loss.
         learning_rate: Range of the peak learning rate, searched on a log scale.
         multiples: Width to what the inputs of a layer must be a multiple of to run in it.
     """
 
     prune: bool = True
+    scope: Literal["layer", "global", "threshold"] = "layer"
     max_ratio: float = 0.75
     importance: tuple[Importance, ...] = ("l1",)
+    schedules: tuple[str, ...] = ("one-shot",)
+    methods: tuple[Method, ...] = ("tucker",)
+    patterns: tuple[str, ...] = ("unstructured",)
+    max_sparsity: float = 0.9
+    clusters: tuple[int, ...] = (64, 16)
+    observers: tuple[Observer, ...] = ("minmax",)
+    aware: tuple[bool, ...] = (True,)
+    activations: tuple[Literal["quantized", "float"], ...] = ("quantized",)
+    granularity: tuple[Literal["per-channel", "per-tensor"], ...] = ("per-channel",)
+    affine: tuple[bool, ...] = (False,)
     temperature: Range = (1.0, 8.0)
     distillation_weight: Range = (0.0, 1.0)
+    hint_weight: Range = (0.0, 0.0)
     learning_rate: Range = (1e-4, 1e-2)
     multiples: Mapping[int, int] = field(default_factory=dict)
 
@@ -45,56 +86,86 @@ class Options:
 class SearchSpace:
     """All plans that a search may propose.
 
-    Parameters are called ``prune/<group>`` (share of channels removed, snapped to the grid), ``bits/<layer>``,
-    ``importance``, ``distill/temperature``, ``distill/weight`` and ``finetune/learning_rate``. Choices with one
-    option are no parameters.
+    Parameters of one layer or group are called ``prune/<group>`` (share of channels removed, snapped to the grid),
+    ``bits/<layer>``, ``rank/<layer>`` (share of the full rank that stays), ``sparsity/<layer>`` and
+    ``clusters/<layer>`` (0 is none); those of a variant have its name and a slash before them. Parameters of the whole
+    plan are ``variant``, ``pruning/ratio`` or ``pruning/threshold``, ``importance``, ``schedule``, ``method``,
+    ``pattern``, ``observer``, ``aware``, ``activations``, ``granularity``, ``affine``, ``distill/temperature``,
+    ``distill/weight``, ``distill/hint_weight`` and ``finetune/learning_rate``. Choices with one option are no
+    parameters. Of two techniques that exclude each other on a layer the plan takes one: factors before zeros, and few
+    bits before a codebook.
 
     Attributes:
         grids: Group to the channel counts it may be cut to, ascending; the last is the dense one.
         widths: Layer to its bit-widths, widest first; empty where nothing is quantized.
         options: What else the job allows.
+        ranks: Layer that may be factorized to the largest share of its full rank that saves something.
+        sparse: Layers that may be sparse.
+        shared: Layers that may have a codebook.
+        variants: The layers' choices of each lighter architecture, by name.
     """
 
     grids: Mapping[str, Sequence[int]]
     widths: Mapping[str, Sequence[int]]
     options: Options = Options()
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    sparse: Sequence[str] = ()
+    shared: Sequence[str] = ()
+    variants: Mapping[str, SearchSpace] = field(default_factory=dict)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space."""
-        options = self.options
-        found: dict[str, BaseDistribution] = {
-            f"prune/{group}": FloatDistribution(0.0, _largest(grid))
-            for group, grid in self.grids.items()
-            if len(grid) > 1
-        }
-        found |= {
-            f"bits/{layer}": CategoricalDistribution(list(widths))
-            for layer, widths in self.widths.items()
-            if len(widths) > 1
-        }
-        if len(options.importance) > 1:
-            found["importance"] = CategoricalDistribution(list(options.importance))
-        for name, (low, high) in self._ranges().items():
-            if low < high:
-                found[name] = FloatDistribution(low, high, log=name == "finetune/learning_rate")
-        return found
+        return {name: distribution for name, distribution in self._all().items() if not distribution.single()}
 
     def to_plan(self, params: Mapping[str, Any]) -> CompressionPlan:
-        """The plan that parameters stand for; those that are missing take the middle of their range."""
-        ratios = {}
-        for group, grid in self.grids.items():
-            kept = snap(params.get(f"prune/{group}", 0.0), list(grid))
-            if kept < grid[-1]:
-                ratios[group] = ratio_of(kept, grid[-1])
-        bits = {layer: int(params.get(f"bits/{layer}", widths[0])) for layer, widths in self.widths.items()}
-        values = {name: params.get(name, self._middle(name)) for name in self._ranges()}
+        """The plan that parameters stand for; those that are missing take the first choice or the middle."""
+        value = {name: params.get(name, default_of(name, found)) for name, found in self._all().items()}
+        variant = value["variant"]
+        own, prefix = (self, "") if variant == MODEL else (self.variants[variant], f"{variant}/")
+        ratios = {
+            group: ratio_of(kept, grid[-1])
+            for group, grid in own.grids.items()
+            if (kept := snap(value.get(f"{prefix}prune/{group}", 0.0), list(grid))) < grid[-1]
+        }
+        bits = {layer: int(value[f"{prefix}bits/{layer}"]) for layer in own.widths}
+        ranks = {layer: value[f"{prefix}rank/{layer}"] for layer in own.ranks}
+        ranks = {layer: share for layer, share in ranks.items() if share <= own.ranks[layer]}
+        most, pattern = self.options.max_sparsity, value["pattern"]
+        found = {layer: value[f"{prefix}sparsity/{layer}"] for layer in own.sparse if layer not in ranks}
+        found = {layer: min(round(share, 2), most) for layer, share in found.items()}
+        if pattern != "unstructured":
+            share = _pattern_share(pattern)
+            found = {layer: share if given > most / 2 else 0.0 for layer, given in found.items()}
+        sparsity = {layer: share for layer, share in found.items() if share > 0}
+        finest = 4 if value["granularity"] == "per-tensor" else 8
+        clusters = {layer: int(value[f"{prefix}clusters/{layer}"]) for layer in own.shared}
+        clusters = {layer: size for layer, size in clusters.items() if size and bits.get(layer, 32) > finest}
         return CompressionPlan(
-            prune=Pruning(ratios=ratios, importance=params.get("importance", self.options.importance[0])),
-            quantize=Quantization(bits=bits),
+            variant=None if variant == MODEL else variant,
+            prune=Pruning(
+                ratios=ratios,
+                importance=value["importance"],
+                ratio=value.get("pruning/ratio") or None,
+                threshold=value.get("pruning/threshold") or None,
+            ),
+            # Where a technique isn't used, how it would be says nothing: equal models have equal plans.
+            factorize=Factorization(ranks=ranks, method=value["method"]) if ranks else Factorization(),
+            sparsify=Sparsification(sparsity=sparsity, pattern=pattern) if sparsity else Sparsification(),
+            share=Sharing(clusters=clusters),
+            quantize=Quantization(
+                bits=bits,
+                observer=value["observer"],
+                aware=value["aware"],
+                activations=value["activations"],
+                granularity=value["granularity"],
+                affine=value["affine"] and value["activations"] == "float",
+            ),
+            schedule=Schedule.parse(value["schedule"]),
             finetune=Finetuning(
-                learning_rate=values["finetune/learning_rate"],
-                temperature=values["distill/temperature"],
-                distillation_weight=values["distill/weight"],
+                learning_rate=value["finetune/learning_rate"],
+                temperature=value["distill/temperature"],
+                distillation_weight=value["distill/weight"],
+                hint_weight=value["distill/hint_weight"],
             ),
         )
 
@@ -104,39 +175,53 @@ class SearchSpace:
         Raises:
             JobError: The plan isn't in the space.
         """
-        values: dict[str, Any] = {
-            f"prune/{group}": self._check_ratio(group, plan.prune.ratios.get(group, 0.0)) for group in self.grids
-        }
-        for name in plan.prune.ratios.keys() - self.grids.keys():
-            raise _outside("prune.ratios", "must name prunable groups", name, self.grids)
-        values |= {f"bits/{layer}": plan.quantize.bits.get(layer, widths[0]) for layer, widths in self.widths.items()}
-        for name in plan.quantize.bits.keys() - self.widths.keys():
-            raise _outside("quantize.bits", "must name layers with a choice of widths", name, self.widths)
-        values |= {
-            "importance": plan.prune.importance,
-            "distill/temperature": plan.finetune.temperature,
-            "distill/weight": plan.finetune.distillation_weight,
-            "finetune/learning_rate": plan.finetune.learning_rate,
-        }
-        distributions = self.distributions()
-        for name, distribution in distributions.items():
-            if not _in(distribution, values[name]):
-                raise _outside(f"plan: {name}", f"must be in {distribution}", values[name], {})
-        for name, constant in self._constants().items():
-            if values[name] != constant:
-                raise _outside(f"plan: {name}", f"must be {constant}, the only choice", values[name], {})
-        return {name: values[name] for name in distributions}
+        values, known = self._values(plan), self._all()
+        for name in values.keys() - known.keys():
+            if values[name]:
+                raise _outside(f"plan: {name}", "must be chosen by the space", values[name], {})
+        found = {}
+        for name, distribution in known.items():
+            value = values.get(name, default_of(name, distribution))
+            if not _in(distribution, value):
+                rule = f"must be {default_of(name, distribution)}, the only choice"
+                rule = rule if distribution.single() else f"must be in {distribution}"
+                raise _outside(f"plan: {name}", rule, value, {})
+            if not distribution.single():
+                found[name] = value
+        return found
 
-    def uniform(self, ratio: float, bits: int | None = None) -> CompressionPlan:
-        """The same ratio and width everywhere, as near as each group's grid and each layer's widths allow.
+    def uniform(
+        self,
+        ratio: float = 0.0,
+        bits: int | None = None,
+        *,
+        rank: float = 1.0,
+        sparsity: float = 0.0,
+        clusters: int = 0,
+        variant: str = MODEL,
+    ) -> CompressionPlan:
+        """The same everywhere, as near as each group's grid and each layer's choices allow.
 
         Args:
             ratio: Share of channels removed, in [0, 1).
             bits: Width; None is the widest.
+            rank: Share of the full rank that stays, in (0, 1].
+            sparsity: Share of weights set to zero, in [0, 1).
+            clusters: Size of the codebooks; 0 is none.
+            variant: Of which architecture.
         """
-        params: dict[str, Any] = {f"prune/{group}": ratio for group in self.grids}
-        params |= {f"bits/{layer}": bits if bits in widths else widths[0] for layer, widths in self.widths.items()}
-        return self.to_plan(params)
+        own, prefix = (self, "") if variant == MODEL else (self.variants[variant], f"{variant}/")
+        params: dict[str, Any] = {f"prune/{group}": ratio for group in own.grids}
+        params |= {f"bits/{layer}": bits if bits in widths else widths[0] for layer, widths in own.widths.items()}
+        rank = max(_RANK_STEP, _RANK_STEP * round(rank / _RANK_STEP))
+        params |= {f"rank/{layer}": rank for layer in own.ranks}
+        params |= {f"sparsity/{layer}": min(sparsity, self.options.max_sparsity) for layer in own.sparse}
+        clusters = clusters if clusters in self.options.clusters else 0
+        params |= {f"clusters/{layer}": clusters for layer in own.shared}
+        whole = {"variant": variant, "pruning/ratio": min(ratio, self.options.max_ratio)}
+        # About half of a group's channels lie below its mean, and hardly any below half of it.
+        whole["pruning/threshold"] = min(2 * ratio, _LARGEST_THRESHOLD)
+        return self.to_plan({prefix + name: value for name, value in params.items()} | whole)
 
     def sweep(self, index: int) -> CompressionPlan:
         """The plan at a position of the endless sweep over uniform plans: the baseline that a search must beat.
@@ -146,56 +231,155 @@ class SearchSpace:
         """
         widths = sorted({width for options in self.widths.values() for width in options})
         if index == 0:
-            return self.uniform(0.0)
-        if not any(len(grid) > 1 for grid in self.grids.values()):
-            return self.uniform(0.0, widths[(index - 1) % len(widths)] if widths else None)
-        largest = max(_largest(grid) for grid in self.grids.values())
+            return self.uniform()
+        largest = max((_largest(grid) for grid in self.grids.values()), default=0.0)
+        if self.options.prune and self.options.scope != "layer":
+            largest = self.options.max_ratio
+        if not largest:
+            return self.uniform(bits=widths[(index - 1) % len(widths)] if widths else None)
         level, position = divmod(index, max(1, len(widths)))
         bits = widths[position - 1] if widths else None
         return self.uniform(largest * _van_der_corput(level), bits)
 
-    def _check_ratio(self, group: str, ratio: float) -> float:
-        grid = list(self.grids[group])
-        nearest = ratio_of(snap(ratio, grid), grid[-1])
-        if kept_of(ratio, grid[-1]) != kept_of(nearest, grid[-1]):
-            raise _outside(f"prune.ratios.{group}", "must be on the group's grid", ratio, {str(nearest): None})
-        return ratio
-
-    def _ranges(self) -> dict[str, Range]:
-        return {
-            "distill/temperature": self.options.temperature,
-            "distill/weight": self.options.distillation_weight,
-            "finetune/learning_rate": self.options.learning_rate,
+    def _all(self) -> dict[str, BaseDistribution]:
+        """Every choice, also those with one option."""
+        options = self.options
+        found: dict[str, BaseDistribution] = dict(self._layerwise())
+        for variant, space in self.variants.items():
+            found |= {f"{variant}/{name}": distribution for name, distribution in space._layerwise()}
+        if options.prune and options.scope == "global":
+            found["pruning/ratio"] = FloatDistribution(0.0, options.max_ratio)
+        if options.prune and options.scope == "threshold":
+            found["pruning/threshold"] = FloatDistribution(0.0, _LARGEST_THRESHOLD)
+        choices: dict[str, Sequence[Any]] = {
+            "variant": (MODEL, *self.variants),
+            "importance": options.importance,
+            "schedule": options.schedules,
+            "method": options.methods,
+            "pattern": options.patterns,
+            "observer": options.observers,
+            "aware": options.aware,
+            "activations": options.activations,
+            "granularity": options.granularity,
+            "affine": options.affine,
         }
+        found |= {name: CategoricalDistribution(list(values)) for name, values in choices.items()}
+        found |= {
+            "distill/temperature": FloatDistribution(*options.temperature),
+            "distill/weight": FloatDistribution(*options.distillation_weight),
+            "distill/hint_weight": FloatDistribution(*options.hint_weight),
+            "finetune/learning_rate": FloatDistribution(*options.learning_rate, log=True),
+        }
+        return found
 
-    def _constants(self) -> dict[str, Any]:
-        """What would be parameters if there were a choice; widths that a plan leaves out are the widest."""
-        found: dict[str, Any] = {f"bits/{layer}": options[0] for layer, options in self.widths.items()}
-        found["importance"] = self.options.importance[0]
-        found |= {name: self._middle(name) for name in self._ranges()}
-        return {name: value for name, value in found.items() if name not in self.distributions()}
+    def _layerwise(self) -> Iterator[tuple[str, BaseDistribution]]:
+        for group, grid in self.grids.items():
+            yield f"prune/{group}", FloatDistribution(0.0, _largest(grid))
+        for layer in self.ranks:
+            yield f"rank/{layer}", FloatDistribution(_RANK_STEP, 1.0, step=_RANK_STEP)
+        for layer in self.sparse:
+            yield f"sparsity/{layer}", FloatDistribution(0.0, self.options.max_sparsity)
+        for layer in self.shared:
+            yield f"clusters/{layer}", CategoricalDistribution([0, *self.options.clusters])
+        for layer, widths in self.widths.items():
+            yield f"bits/{layer}", CategoricalDistribution(list(widths))
 
-    def _middle(self, name: str) -> float:
-        low, high = self._ranges()[name]
-        if low == high:
-            return low
-        return math.sqrt(low * high) if name != "distill/weight" else (low + high) / 2
+    def _values(self, plan: CompressionPlan) -> dict[str, Any]:
+        """What a plan says of each parameter; those that it is silent about are missing."""
+        variant = plan.variant or MODEL
+        if variant != MODEL and variant not in self.variants:
+            raise _outside("variant", "must name a variant of the job", variant, self.variants)
+        own, prefix = (self, "") if variant == MODEL else (self.variants[variant], f"{variant}/")
+        of_layers: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any] | Sequence[str]]] = {
+            "prune": ("prune.ratios", plan.prune.ratios, own.grids),
+            "rank": ("factorize.ranks", plan.factorize.ranks, own.ranks),
+            "sparsity": ("sparsify.sparsity", plan.sparsify.sparsity, own.sparse),
+            "clusters": ("share.clusters", plan.share.clusters, own.shared),
+            "bits": ("quantize.bits", plan.quantize.bits, own.widths),
+        }
+        values: dict[str, Any] = {"variant": variant}
+        for kind, (where, given, known) in of_layers.items():
+            for name in given.keys() - set(known):
+                raise _outside(where, "must name groups or layers of the space", name, dict.fromkeys(known))
+            values |= {f"{prefix}{kind}/{name}": value for name, value in given.items()}
+        for group, grid in own.grids.items():
+            _check_ratio(group, grid, plan.prune.ratios.get(group, 0.0))
+        for layer, share in plan.factorize.ranks.items():
+            if share > own.ranks[layer]:
+                rule = f"must be at most {own.ranks[layer]}, or the factors save nothing"
+                raise _outside(f"factorize.ranks.{layer}", rule, share, {})
+        if plan.sparsify.blocks is not None:  # a parameter only says whether a layer has the pattern
+            zeros = (f"{prefix}sparsity/{layer}" for layer in plan.sparsify.sparsity)
+            values |= {name: self.options.max_sparsity if values[name] else 0.0 for name in zeros}
+        values |= {
+            "pruning/ratio": plan.prune.ratio or 0.0,
+            "pruning/threshold": plan.prune.threshold or 0.0,
+            "factorize.energy": plan.factorize.energy,
+            "sparsify.ratio": plan.sparsify.ratio,
+            "sparsify.threshold": plan.sparsify.threshold,
+            "importance": plan.prune.importance,
+            "schedule": str(plan.schedule),
+            "observer": plan.quantize.observer,
+            "aware": plan.quantize.aware,
+            "activations": plan.quantize.activations,
+            "granularity": plan.quantize.granularity,
+            "distill/temperature": plan.finetune.temperature,
+            "distill/weight": plan.finetune.distillation_weight,
+            "distill/hint_weight": plan.finetune.hint_weight,
+            "finetune/learning_rate": plan.finetune.learning_rate,
+        }
+        # Where a technique isn't used, how it would be is left out of the plan.
+        if plan.factorize.ranks:
+            values["method"] = plan.factorize.method
+        if plan.sparsify.sparsity:
+            values["pattern"] = plan.sparsify.pattern
+        if plan.quantize.activations == "float":
+            values["affine"] = plan.quantize.affine
+        return values
 
 
-def make_space(analysis: Analysis, widths: Mapping[str, Sequence[int]], options: Options) -> SearchSpace:
+_LARGEST_THRESHOLD = 1.5
+"""Few channels are more important than one and a half times the mean of their group."""
+
+
+def default_of(name: str, distribution: BaseDistribution) -> Any:
+    """What a parameter is where nothing is said: the first choice, nothing removed, or the middle of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    assert isinstance(distribution, FloatDistribution)
+    low, high = distribution.low, distribution.high
+    if name == "distill/weight":
+        return (low + high) / 2
+    if name in ("distill/temperature", "finetune/learning_rate"):
+        return low if low == high else math.sqrt(low * high)
+    return high if distribution.step is not None else low
+
+
+def make_space(
+    analysis: Analysis,
+    widths: Mapping[str, Sequence[int]],
+    options: Options,
+    *,
+    ranks: Mapping[str, float] | None = None,
+    sparse: Sequence[str] = (),
+    shared: Sequence[str] = (),
+) -> SearchSpace:
     """The space over a model.
 
     Args:
         analysis: Of the model.
         widths: Layer to the bit-widths that the target really executes, widest first; empty to quantize nothing.
         options: What the job allows.
+        ranks: Layers that may be factorized; see `SearchSpace`.
+        sparse: Layers that may be sparse.
+        shared: Layers that may have a codebook.
     """
     kinds = {layer.name: layer.kind for layer in analysis.layers}
     grids: dict[str, list[int]] = {}
     offered = {name: tuple(values) for name, values in widths.items()}
-    for group in analysis.groups if options.prune else ():
+    for group in analysis.groups if options.prune and options.scope == "layer" else ():
         counts = analysis.counts.get(kinds.get(group.name, ""))
-        grid = channel_grid(group.channels, max_ratio=options.max_ratio, counts=counts)
+        grid = channel_grid(group.channels, max_ratio=options.max_ratio, counts=counts, unit=group.unit)
         for name, width, each in _fed_in_blocks(group, analysis, offered, options):
             whole = [kept for kept in grid if (group.channels - kept) * each % options.multiples[width] == 0]
             if len(whole) > 2:
@@ -204,7 +388,7 @@ def make_space(analysis: Analysis, widths: Mapping[str, Sequence[int]], options:
                 rest = tuple(other for other in offered[name] if other != width)
                 offered[name] = rest or analysis.widths[name][:1]
         grids[group.name] = grid
-    return SearchSpace(grids, offered, options)
+    return SearchSpace(grids, offered, options, ranks or {}, tuple(sparse), tuple(shared))
 
 
 def _fed_in_blocks(
@@ -216,6 +400,18 @@ def _fed_in_blocks(
         for width in options.multiples.keys() & set(offered.get(name, ())):
             # Behind a flatten, each channel gives several inputs.
             yield name, width, max(1, inputs.get(name, 0) // group.channels)
+
+
+def _check_ratio(group: str, grid: Sequence[int], ratio: float) -> None:
+    nearest = ratio_of(snap(ratio, list(grid)), grid[-1])
+    if kept_of(ratio, grid[-1]) != kept_of(nearest, grid[-1]):
+        raise _outside(f"prune.ratios.{group}", "must be on the group's grid", ratio, {str(nearest): None})
+
+
+def _pattern_share(pattern: str) -> float:
+    blocks = Sparsification(pattern=pattern).blocks
+    assert blocks is not None
+    return round(1 - blocks[0] / blocks[1], 6)
 
 
 def _in(distribution: BaseDistribution, value: Any) -> bool:

@@ -14,22 +14,34 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from paretune.errors import JobError, ParetuneError, TrialError
 from paretune.objectives import artifact
 from paretune.objectives.artifact import CARD, PLAN, PROBE, WEIGHTS, Card, load_module, probe_difference
 from paretune.objectives.baseline import Baseline, make_baseline, probe_widths, profile, profile_layers
+from paretune.objectives.compress.lowrank import Factorized
 from paretune.objectives.compress.quantization import QuantizedLayer
+from paretune.objectives.compress.ties import weights_of
 from paretune.objectives.data import call
 from paretune.objectives.evaluate import Evaluator, Stopwatch
 from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.models import ModelSource
+from paretune.objectives.packing import unpack
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, Target, get_runtime
 from paretune.objectives.runtimes.openvino import OpenVINO
 from paretune.objectives.scoring import artifact_outputs
-from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
+from paretune.spaces.plan import (
+    CompressionPlan,
+    Factorization,
+    Finetuning,
+    Pruning,
+    Quantization,
+    Schedule,
+    Sharing,
+    Sparsification,
+)
 
 MODEL = "model.onnx"
 FILES = (PLAN, WEIGHTS, PROBE, MODEL)
@@ -186,15 +198,22 @@ def test_a_failed_trial_leaves_the_older_artifact(evaluator: Evaluator, small: T
 
 
 def test_a_layer_in_another_width_fails_the_trial(evaluator: Evaluator, tmp_path: Path) -> None:
-    """5 bits are deployed in an int8 container, so they run as 8."""
-    plan = CompressionPlan(quantize=Quantization(bits={"conv2": 5}))
-    with pytest.raises(TrialError, match="conv2 was to run in 5 bits and runs in 8"):
+    """OpenVINO's float32 isn't what a plan of float16 layers asks for."""
+    plan = CompressionPlan(quantize=Quantization(bits=dict.fromkeys(LAYERS, 16)))
+    with pytest.raises(TrialError, match="every layer must run in the width that the plan asks for"):
         evaluator.evaluate(plan, tmp_path / "trial", seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_bits_run_in_their_container(evaluator: Evaluator, tmp_path: Path) -> None:
+    plan = CompressionPlan(quantize=Quantization(bits={"conv2": 5, "fc1": 8}))
+    record = evaluator.evaluate(plan, tmp_path / "trial", seed=0, epochs=0)
+    assert record.main.executed == {"conv1": 32, "conv2": 8, "fc1": 8, "fc2": 32}
 
 
 def test_another_teacher_teaches(problem: Problem, baseline: Baseline, tmp_path: Path) -> None:
     plan = CompressionPlan(finetune=Finetuning(learning_rate=1e-3, distillation_weight=1.0))
-    other = replace(problem, teacher=ModelSource("tests.nets:PlainCNN"))
+    other = replace(problem, teachers=(ModelSource("tests.nets:PlainCNN"),))
     torch.manual_seed(1)
     for name, known in (("own", problem), ("other", other)):
         Evaluator(known, baseline).evaluate(plan, tmp_path / name, seed=0)
@@ -374,3 +393,197 @@ def test_what_a_runtime_refuses_in_a_width_stays_in_floats(
     monkeypatch.setattr(OpenVINO, "deploy", picky)
     probed = probe_widths(problem, problem.analyse(), baseline)
     assert probed == {"conv1": (32, 8), "conv2": (32,), "fc1": (32, 8), "fc2": (32, 8)}
+
+
+class Slim(nn.Module):
+    """A lighter architecture for the digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.head = nn.Linear(16 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second(x)).flatten(1))
+
+
+def slim() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Slim()
+
+
+@pytest.fixture(scope="module")
+def with_variant(problem: Problem) -> Problem:
+    return replace(problem, variants={"slim": ModelSource(slim)})
+
+
+EVERYTHING = CompressionPlan(
+    prune=Pruning(ratios={"conv2": 0.25, "fc1": 0.25}, importance="hessian"),
+    factorize=Factorization(ranks={"conv2": 0.375}),
+    sparsify=Sparsification(sparsity={"fc1": 0.5}, pattern="2:4"),
+    share=Sharing(clusters={"fc1": 16, "conv1": 16}),
+    quantize=Quantization(
+        bits={"conv1": 32, "conv2": 8, "fc1": 8, "fc2": 4},
+        observer="percentile",
+        aware=True,
+        granularity="per-tensor",
+    ),
+    schedule=Schedule(shape="cubic", steps=3),
+    finetune=Finetuning(learning_rate=3e-3, distillation_weight=0.5),
+)
+PLANS: list[Any] = [
+    pytest.param(EVERYTHING, id="everything"),
+    pytest.param(
+        CompressionPlan(
+            variant="slim",
+            prune=Pruning(ratios={"first": 0.5}),
+            factorize=Factorization(ranks={"head": 0.25}),
+            quantize=Quantization(bits={"first": 32, "second": 8, "head": 8}),
+            finetune=Finetuning(learning_rate=1e-2),
+        ),
+        id="variant",
+    ),
+    pytest.param(CompressionPlan(variant="slim"), id="dense variant"),
+    pytest.param(
+        CompressionPlan(
+            variant="slim",
+            prune=Pruning(ratio=0.4),
+            sparsify=Sparsification(threshold=0.5),
+            quantize=Quantization(bits={"second": 8, "head": 4}, activations="float", affine=True, aware=False),
+        ),
+        id="variant by rules",
+    ),
+    pytest.param(
+        CompressionPlan(
+            prune=Pruning(ratio=0.3),
+            factorize=Factorization(energy=0.8, method="spatial"),
+            schedule=Schedule(shape="coarse-fine", steps=2),
+            quantize=Quantization(bits={"conv2": 8, "fc1": 8}, observer="mse"),
+        ),
+        id="by rules in cuts",
+    ),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_kind_of_trial_gives_an_artifact_that_is_replayed(
+    with_variant: Problem, baseline: Baseline, plan: CompressionPlan, tmp_path: Path
+) -> None:
+    evaluator, folder = Evaluator(with_variant, baseline), tmp_path / "trial"
+    outline = evaluator.outline(plan, seed=0)
+    record = evaluator.evaluate(plan, folder, seed=0)
+    assert record.measurement.is_finite()
+    artifact.verify_files(folder)
+    assert probe_difference(folder) == 0.0
+    stored = CompressionPlan.from_json((folder / PLAN).read_text())
+    assert stored.is_resolved
+    assert Card.read(folder).plan_hash == stored.hash
+    assert stored == plan or not plan.is_resolved
+    module = load_module(folder, with_variant)
+    split = with_variant.splits.validation
+    outputs, _ = artifact_outputs(get_runtime("openvino"), folder / MODEL, LoadOptions(8), split)
+    with torch.no_grad():
+        expected = call(module, split.inputs)
+    assert (outputs.argmax(1) == expected.argmax(1)).double().mean() >= 0.99
+    # Its own parameters, whatever stands around them: quantizers have none.
+    pruned = record.measurement.params
+    norms = sum(p.numel() for p in with_variant.of(plan.variant).model.build().parameters() if p.dim() == 1)
+    assert abs(sum(parameter.numel() for parameter in module.parameters()) - pruned) <= norms
+    assert (outline["params"], outline["macs"]) == (pruned, record.measurement.macs)
+    packed = folder / f"{MODEL}.packed"
+    assert packed.is_file() == stored.is_packable
+    assert outline["size_bytes"] == pytest.approx(record.measurement.main.size_bytes, rel=0.1 * stored.is_packable)
+    assert outline["latency_ms"] > 0
+    for name, bits in stored.quantize.bits.items():
+        parts = module.get_submodule(name)
+        layers = list(parts.children()) if isinstance(parts, Factorized) else [parts]
+        assert all(isinstance(layer, QuantizedLayer) == (bits <= 8) for layer in layers)
+
+
+def test_the_executed_widths_of_everything(evaluator: Evaluator, tmp_path: Path) -> None:
+    record = evaluator.evaluate(EVERYTHING, tmp_path / "trial", seed=0, epochs=2)
+    assert record.main.executed == {
+        **{"conv1": 32, "fc1": 8, "fc2": 8},
+        **{f"conv2.{factor}": 8 for factor in range(3)},
+    }
+    assert record.measurement.main.accuracy > 0.8
+    module = load_module(tmp_path / "trial", evaluator._problem)
+    (weight,) = weights_of(module, "fc1")
+    assert ((weight.view(len(weight), -1, 4) == 0).sum(2) >= 2).all(), "2:4 after the training, in the artifact"
+    assert len(weight.unique()) <= 16
+    assert len(weight) == 24
+    assert len(weights_of(module, "conv1")[0].unique()) <= 16
+
+
+def test_cuts_end_at_the_ratios_of_the_plan(evaluator: Evaluator, problem: Problem, tmp_path: Path) -> None:
+    plan = SMALL.model_copy(
+        update={"schedule": Schedule(shape="linear", steps=3), "sparsify": Sparsification(sparsity={"fc1": 0.75})}
+    )
+    evaluator.evaluate(plan, tmp_path / "trial", seed=0, epochs=2)
+    module = load_module(tmp_path / "trial", problem)
+    (conv,), (linear,) = weights_of(module, "conv2"), weights_of(module, "fc1")
+    assert (len(conv), len(linear)) == (16, 24)
+    assert int((linear == 0).sum()) == 0.75 * linear.numel()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param({"sparsify": {"sparsity": {"conv2": 0.8, "fc1": 0.8}}}, id="zeros"),
+        pytest.param({"share": {"clusters": {"conv2": 16, "fc1": 16}}}, id="codebooks"),
+        pytest.param({"quantize": {"bits": {"conv2": 3, "fc1": 3}}}, id="few bits"),
+    ],
+)
+def test_packed_files_are_smaller_and_whole(
+    evaluator: Evaluator, dense: Trial, section: dict[str, Any], tmp_path: Path
+) -> None:
+    plan, folder = CompressionPlan.model_validate(section), tmp_path / "trial"
+    record = evaluator.evaluate(plan, folder, seed=0)
+    packed = folder / f"{MODEL}.packed"
+    size = record.measurement.main.size_bytes
+    assert size == packed.stat().st_size < (folder / MODEL).stat().st_size
+    assert size < 0.65 * dense.record.measurement.main.size_bytes
+    assert packed.name in Card.read(folder).files
+    unpack(packed, tmp_path / MODEL)
+    assert (tmp_path / MODEL).read_bytes() == (folder / MODEL).read_bytes()
+    packed.write_bytes(packed.read_bytes()[:-1])
+    with pytest.raises(ParetuneError, match=r"model\.onnx\.packed must have the SHA-256"):
+        artifact.verify_files(folder)
+
+
+def test_what_doesnt_take_few_bits_isnt_packed(small: Trial) -> None:
+    assert not small.plan.is_packable
+    assert not list(small.folder.glob("*.packed"))
+
+
+def test_pruned_first_and_quantized_then_keeps_what_both_keep(evaluator: Evaluator, tmp_path: Path) -> None:
+    prune, quantize = {"ratios": {"conv2": 0.5, "fc1": 0.5}}, {"bits": dict.fromkeys(LAYERS, 8)}
+    finetune = {"learning_rate": 3e-3, "distillation_weight": 0.5}
+    sections = {"pruned": {"prune": prune}, "quantized": {"quantize": quantize}}
+    sections["both"] = sections["pruned"] | sections["quantized"]
+    accuracy = {
+        name: evaluator.evaluate(
+            CompressionPlan.model_validate(found | {"finetune": finetune}), tmp_path / name, seed=0, epochs=1
+        ).measurement.main.accuracy
+        for name, found in sections.items()
+    }
+    assert accuracy["both"] >= min(accuracy["pruned"], accuracy["quantized"]) - 0.03, accuracy
+
+
+def test_an_outline_leaves_nothing_and_fails_as_a_trial_does(evaluator: Evaluator) -> None:
+    with pytest.raises(TrialError, match="share one float format"):
+        evaluator.outline(CompressionPlan(quantize=Quantization(bits={"conv1": 16, "fc1": 32})), seed=0)
+    found = evaluator.outline(SMALL, seed=0)
+    assert {"params", "macs", "latency_ms", "size_bytes"} <= found.keys()
+
+
+def test_a_variant_learns_from_the_model(with_variant: Problem) -> None:
+    own = with_variant.of("slim")
+    assert with_variant.of(None) is with_variant
+    assert own is with_variant.of("slim"), "what is found out of it is found out once"
+    assert own.teachers == (with_variant.model,)
+    assert own.channels == {"first": 16, "second": 16, "head": 10}

@@ -73,7 +73,21 @@ BAD: list[Any] = [
         id="unseeded factory",
     ),
     pytest.param(lambda p: replace(p, model=ModelSource(Constant(float("inf")))), "model", "finite", id="infinity"),
-    pytest.param(lambda p: replace(p, teacher=ModelSource(Constant(float("nan")))), "teacher", "finite", id="teacher"),
+    pytest.param(
+        lambda p: replace(p, teachers=(ModelSource(Constant(float("nan"))),)), "teacher", "finite", id="teacher"
+    ),
+    pytest.param(
+        lambda p: replace(p, teachers=(p.model, ModelSource(Constant(float("nan"))))),
+        "teacher[1]",
+        "finite",
+        id="one of two teachers",
+    ),
+    pytest.param(
+        lambda p: replace(p, training=replace(p.training, hints=["conv3"])),
+        "finetune.hints",
+        "did you mean 'conv",
+        id="hints",
+    ),
     pytest.param(lambda p: replace(p, model=ModelSource(nn.Conv2d(3, 8, 3))), "model", "RuntimeError", id="inputs"),
     pytest.param(lambda p: replace(p, task=Regression()), "model", "values of the targets' shape", id="task"),
     pytest.param(

@@ -98,7 +98,7 @@ def finished(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_folder_is_whole(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(("study.db-", ".lock"))}
     assert names == {
-        *("job.yaml", "environment.json", "analysis.json", "study.db", "baseline", "trials", "workers.log"),
+        *("job.yaml", "environment.json", "analysis.json", "techniques.json", "study.db", "baseline", "trials", "workers.log"),
         *("front.json", "front.svg", "trials.csv", "report.html"),
     }
     assert [path.name for path in finished.parent.iterdir()] == ["whole"]

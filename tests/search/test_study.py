@@ -113,7 +113,7 @@ def test_enqueued_plans_come_first_with_their_source(tmp_path: Path, sampler: st
 def test_a_plan_outside_the_space_is_not_enqueued(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     other = SearchSpace({"other": [8, 16]}, {}, Options()).uniform(0.5)
-    with pytest.raises(JobError, match=r"prune\.ratios must name prunable groups, but got other"):
+    with pytest.raises(JobError, match=r"prune\.ratios must name groups or layers of the space, but got other"):
         study.enqueue(other, "enqueued")
     assert study.rows() == []
 

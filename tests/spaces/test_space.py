@@ -13,7 +13,16 @@ from paretune.errors import JobError
 from paretune.spaces.analysis import Analysis, Layer
 from paretune.spaces.graph import Group
 from paretune.spaces.grid import kept_of
-from paretune.spaces.plan import CompressionPlan, Finetuning, Pruning, Quantization
+from paretune.spaces.plan import (
+    CompressionPlan,
+    Factorization,
+    Finetuning,
+    Pruning,
+    Quantization,
+    Schedule,
+    Sharing,
+    Sparsification,
+)
 from paretune.spaces.space import Options, SearchSpace, make_space
 
 OPTIONS = Options(importance=("l1", "taylor"))
@@ -29,6 +38,9 @@ def draw(rng: random.Random, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return rng.choice(distribution.choices)
     assert isinstance(distribution, FloatDistribution)
+    if distribution.step:
+        steps = round((distribution.high - distribution.low) / distribution.step)
+        return distribution.low + distribution.step * rng.randint(0, steps)
     return rng.uniform(distribution.low, distribution.high)
 
 
@@ -241,3 +253,182 @@ def test_a_layer_always_has_a_width() -> None:
     space = make_space(fed(32, 32), {"b": (4,)}, Options(multiples={4: 16}))
     assert space.widths == {"b": (32,)}
     assert space.uniform(0.5).quantize.bits == {"b": 32}
+
+
+EVERYTHING = Options(
+    importance=("l1", "lamp"),
+    schedules=("one-shot", "cubic:4"),
+    methods=("tucker", "spatial"),
+    patterns=("unstructured", "2:4", "1:4"),
+    max_sparsity=0.777,
+    clusters=(64, 16),
+    observers=("minmax", "mse"),
+    aware=(True, False),
+    activations=("quantized", "float"),
+    granularity=("per-channel", "per-tensor"),
+    affine=(False, True),
+    hint_weight=(0.0, 2.0),
+)
+WIDE = SearchSpace(
+    {"a": [8, 16, 24, 32], "b": [8, 16]},
+    {"a": (32, 8, 4), "b": (32, 8), "c": (32, 8)},
+    EVERYTHING,
+    ranks={"a": 0.5, "b": 0.45},
+    sparse=("a", "b", "c"),
+    shared=("a", "c"),
+)
+VARIANT = SearchSpace(
+    {"a": [8, 16]}, {"a": (32, 8), "x": (32, 8)}, EVERYTHING, ranks={"x": 0.75}, sparse=("x",), shared=("x",)
+)
+WHOLE = replace(WIDE, variants={"slim": VARIANT})
+
+
+def ranked_together(**options: Any) -> SearchSpace:
+    """The same space where one number prunes the whole model."""
+    known = replace(EVERYTHING, **options)
+    slim = replace(VARIANT, grids={}, options=known)
+    return replace(WIDE, grids={}, options=known, variants={"slim": slim})
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        pytest.param(WHOLE, id="layer"),
+        pytest.param(ranked_together(scope="global"), id="global"),
+        pytest.param(ranked_together(scope="threshold"), id="threshold"),
+        pytest.param(ranked_together(prune=False), id="no pruning"),
+        pytest.param(replace(WHOLE, options=replace(EVERYTHING, max_sparsity=0.25)), id="few zeros"),
+    ],
+)
+def test_every_point_of_a_space_with_everything_is_a_legal_plan(space: SearchSpace) -> None:
+    rng, distributions = random.Random(1), space.distributions()
+    seen = set()
+    for _ in range(400):
+        plan = space.to_plan({name: draw(rng, distribution) for name, distribution in distributions.items()})
+        assert list(plan.conflicts()) == []
+        assert plan == CompressionPlan.from_json(plan.to_json())
+        params = space.to_params(plan)
+        assert params.keys() == distributions.keys()
+        assert space.to_plan(params) == plan
+        for name, share in plan.factorize.ranks.items():
+            assert share <= (VARIANT if plan.variant else WIDE).ranks[name]
+        assert plan.is_resolved == (plan.prune.ratio is None and plan.prune.threshold is None)
+        seen |= {plan.variant, plan.sparsify.pattern, plan.factorize.method, str(plan.schedule), plan.quantize.affine}
+        seen |= {"shared"} if plan.share.clusters else set()
+    assert {None, "slim", "unstructured", "2:4", "1:4", "spatial", "cubic:4", True, "shared"} <= seen
+
+
+def test_distributions_of_everything() -> None:
+    names = WHOLE.distributions()
+    of_slim = {name for name in names if name.startswith("slim/")}
+    assert of_slim == {
+        "slim/prune/a",
+        "slim/bits/a",
+        "slim/bits/x",
+        "slim/rank/x",
+        "slim/sparsity/x",
+        "slim/clusters/x",
+    }
+    assert names.keys() - of_slim == {
+        *("prune/a", "prune/b", "bits/a", "bits/b", "bits/c", "rank/a", "rank/b", "clusters/a", "clusters/c"),
+        *("sparsity/a", "sparsity/b", "sparsity/c", "variant", "importance", "schedule", "method", "pattern"),
+        *("observer", "aware", "activations", "granularity", "affine"),
+        *("distill/temperature", "distill/weight", "distill/hint_weight", "finetune/learning_rate"),
+    }
+    assert names["variant"] == CategoricalDistribution(["model", "slim"])
+    assert names["rank/a"] == FloatDistribution(0.125, 1.0, step=0.125)
+    assert names["sparsity/a"] == FloatDistribution(0.0, 0.777)
+    assert names["clusters/a"] == CategoricalDistribution([0, 64, 16])
+    assert ranked_together(scope="global").distributions()["pruning/ratio"] == FloatDistribution(0, 0.75)
+
+
+def test_without_parameters_comes_the_dense_model() -> None:
+    for space in (WHOLE, ranked_together(scope="global"), SearchSpace({}, {})):
+        plan = space.to_plan({})
+        assert (plan.variant, plan.is_resolved, plan.is_packable) == (None, True, False)
+        assert (plan.prune.ratios, plan.factorize, plan.schedule) == ({}, Factorization(), Schedule())
+        assert set(plan.quantize.bits.values()) <= {32}
+        assert plan == space.uniform() == space.sweep(0)
+
+
+def test_parameters_of_a_dropped_technique_say_nothing() -> None:
+    dense = WHOLE.to_plan({})
+    assert WHOLE.to_plan({"method": "spatial", "pattern": "2:4", "affine": True}) == dense
+    assert WHOLE.to_plan({"slim/prune/a": 0.5, "slim/sparsity/x": 0.5}) == dense
+    factorized = WHOLE.to_plan({"rank/a": 0.25, "sparsity/a": 0.5, "sparsity/b": 0.5})
+    assert factorized.factorize.ranks == {"a": 0.25}
+    assert factorized.sparsify.sparsity == {"b": 0.5}, "factors before zeros"
+    quantized = WHOLE.to_plan({"bits/a": 4, "bits/c": 8, "clusters/a": 16, "clusters/c": 16})
+    assert quantized.share.clusters == {}, "few bits before a codebook"
+    alike = WHOLE.to_plan({"bits/a": 4, "bits/c": 8, "clusters/a": 16, "clusters/c": 16, "granularity": "per-tensor"})
+    assert alike.share.clusters == {"c": 16}
+    assert WHOLE.to_plan({"rank/a": 0.5}).factorize.ranks == {"a": 0.5}
+    assert WHOLE.to_plan({"rank/a": 0.625}).factorize.ranks == {}, "factors that save nothing"
+
+
+def test_a_pattern_is_on_or_off() -> None:
+    params = {"pattern": "1:4", "sparsity/a": 0.1, "sparsity/b": 0.7}
+    plan = WHOLE.to_plan(params)
+    assert plan.sparsify == Sparsification(sparsity={"b": 0.75}, pattern="1:4")
+    assert WHOLE.to_params(plan)["sparsity/b"] == 0.777
+    assert WHOLE.to_params(plan)["sparsity/a"] == 0.0
+
+
+def test_uniform_of_everything() -> None:
+    assert WHOLE.uniform(0.5).prune.ratios == {"a": 0.5, "b": 0.5}
+    assert WHOLE.uniform(bits=8).quantize.bits == {"a": 8, "b": 8, "c": 8}
+    assert WHOLE.uniform(bits=4).quantize.bits == {"a": 4, "b": 32, "c": 32}
+    assert WHOLE.uniform(rank=0.5).factorize.ranks == {"a": 0.5}
+    assert WHOLE.uniform(rank=0.3).factorize.ranks == {"a": 0.25, "b": 0.25}, "on the grid"
+    assert WHOLE.uniform(rank=0.01).factorize.ranks == {"a": 0.125, "b": 0.125}
+    assert WHOLE.uniform(sparsity=0.5).sparsify.sparsity == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert WHOLE.uniform(sparsity=0.99).sparsify.sparsity == {"a": 0.777, "b": 0.777, "c": 0.777}
+    assert WHOLE.uniform(clusters=16).share.clusters == {"a": 16, "c": 16}
+    assert WHOLE.uniform(clusters=5).share.clusters == {}, "no choice of the space"
+    slim = WHOLE.uniform(0.5, 8, rank=0.5, variant="slim")
+    assert (slim.variant, slim.prune.ratios, slim.factorize.ranks) == ("slim", {"a": 0.5}, {"x": 0.5})
+    assert slim.quantize.bits == {"a": 8, "x": 8}
+    ranked = ranked_together(scope="global")
+    assert ranked.uniform(0.5).prune == Pruning(ratio=0.5)
+    assert ranked.uniform(0.9).prune == Pruning(ratio=0.75)
+    bounded = ranked_together(scope="threshold")
+    assert bounded.uniform(0.5).prune == Pruning(threshold=1.0)
+    for space in (WHOLE, ranked, bounded):
+        for plan in (space.uniform(0.9, 8, rank=0.3), space.uniform(sparsity=0.99, clusters=64), space.sweep(7)):
+            assert space.to_plan(space.to_params(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("section", "where"),
+    [
+        pytest.param({"factorize": Factorization(ranks={"c": 0.5})}, "factorize.ranks", id="layer that stays whole"),
+        pytest.param({"factorize": Factorization(ranks={"a": 0.625})}, "factorize.ranks.a", id="saves nothing"),
+        pytest.param({"factorize": Factorization(ranks={"a": 0.3})}, "rank/a", id="between two ranks"),
+        pytest.param({"factorize": Factorization(energy=0.9)}, "factorize.energy", id="energy"),
+        pytest.param({"sparsify": Sparsification(sparsity={"x": 0.5})}, "sparsify.sparsity", id="another's layer"),
+        pytest.param({"sparsify": Sparsification(sparsity={"a": 0.9})}, "sparsity/a", id="too many zeros"),
+        pytest.param({"sparsify": Sparsification(sparsity={"a": 0.875}, pattern="1:8")}, "pattern", id="pattern"),
+        pytest.param({"sparsify": Sparsification(ratio=0.5)}, "sparsify.ratio", id="ratio of zeros"),
+        pytest.param({"sparsify": Sparsification(threshold=0.5)}, "sparsify.threshold", id="threshold of zeros"),
+        pytest.param({"share": Sharing(clusters={"b": 16})}, "share.clusters", id="no codebook there"),
+        pytest.param({"share": Sharing(clusters={"a": 5})}, "clusters/a", id="size of a codebook"),
+        pytest.param({"prune": Pruning(ratio=0.5)}, "pruning/ratio", id="ratio in a space of layers"),
+        pytest.param({"prune": Pruning(threshold=0.5)}, "pruning/threshold", id="threshold in a space of layers"),
+        pytest.param({"schedule": Schedule(shape="linear", steps=2)}, "schedule", id="schedule"),
+        pytest.param({"quantize": Quantization(observer="percentile")}, "observer", id="observer"),
+        pytest.param({"variant": "fat"}, "variant", id="variant"),
+        pytest.param({"variant": "slim", "prune": Pruning(ratios={"b": 0.5})}, "prune.ratios", id="variant's group"),
+        pytest.param({"finetune": Finetuning(hint_weight=3.0)}, "distill/hint_weight", id="hint weight"),
+    ],
+)
+def test_further_plans_outside_the_space_are_rejected(section: dict[str, Any], where: str) -> None:
+    with pytest.raises(JobError) as caught:
+        WHOLE.to_params(CompressionPlan(**section))
+    assert where in caught.value.where
+
+
+def test_heads_are_offered_as_wholes() -> None:
+    groups = (Group("a", 36, ("a",), (), unit=12),)
+    analysis = Analysis(groups, (), (Layer("a", "Linear", 1, 1, "a"),), 1, 1)
+    assert make_space(analysis, {}, Options(max_ratio=0.9)).grids == {"a": [12, 24, 36]}
+    assert make_space(analysis, {}, Options(scope="global")).grids == {}
