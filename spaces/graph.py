@@ -211,6 +211,7 @@ class DependencyGraph:
         for item in self._select(self._parts[group.name][0], range(group.channels)):
             is_output = self._graph.is_out_channel_pruning_fn(item.dep.handler)
             module, source = item.dep.target.module, partial(_source, item.idxs, item.root_idxs, order)
+            tensors: list[tuple[Tensor, int]]
             if isinstance(module, nn.Parameter):
                 tensors = [(module, item.dep.target.pruning_dim % module.dim())]
             else:
