@@ -53,6 +53,9 @@ class Profile:
     @classmethod
     def read(cls, folder: Path, problem: Problem) -> Profile:
         """What a run began with: as it was measured then, on the analysis as it is found now."""
+        if not (folder / "techniques.json").is_file():
+            remedy = "finish that run with the version that began it"
+            raise JobError("run", "must have a techniques.json", "none: an older version began it", remedy)
         stored = json.loads((folder / "analysis.json").read_text())
 
         def complete(analysis: Analysis, stored: Mapping[str, Any]) -> Analysis:

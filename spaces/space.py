@@ -29,6 +29,9 @@ from paretune.spaces.plan import (
 
 Range = tuple[float, float]
 
+_SWITCHES = {"factorize": "ranks", "sparsify": "sparse", "share": "shared"}
+"""Parameter that switches a technique to the layers of the space that it is for."""
+
 MODEL = "model"
 """The choice of `variant` that stands for the model itself."""
 
@@ -88,12 +91,13 @@ class SearchSpace:
 
     Parameters of one layer or group are called ``prune/<group>`` (share of channels removed, snapped to the grid),
     ``bits/<layer>``, ``rank/<layer>`` (share of the full rank that stays), ``sparsity/<layer>`` and
-    ``clusters/<layer>`` (0 is none); those of a variant have its name and a slash before them. Parameters of the whole
-    plan are ``variant``, ``pruning/ratio`` or ``pruning/threshold``, ``importance``, ``schedule``, ``method``,
-    ``pattern``, ``observer``, ``aware``, ``activations``, ``granularity``, ``affine``, ``distill/temperature``,
-    ``distill/weight``, ``distill/hint_weight`` and ``finetune/learning_rate``. Choices with one option are no
-    parameters. Of two techniques that exclude each other on a layer the plan takes one: factors before zeros, and few
-    bits before a codebook.
+    ``clusters/<layer>`` (0 is none); those of a variant have its name and a slash before them. The last three count
+    where ``factorize``, ``sparsify`` or ``share`` is true: one choice for the whole plan, as drawing each layer by
+    itself would hardly ever leave all of them alone. The other parameters of the whole plan are ``variant``,
+    ``pruning/ratio`` or ``pruning/threshold``, ``importance``, ``schedule``, ``method``, ``pattern``, ``observer``,
+    ``aware``, ``activations``, ``granularity``, ``affine``, ``distill/temperature``, ``distill/weight``,
+    ``distill/hint_weight`` and ``finetune/learning_rate``. Choices with one option are no parameters. Of two techniques
+    that exclude each other on a layer the plan takes one: factors before zeros, and few bits before a codebook.
 
     Attributes:
         grids: Group to the channel counts it may be cut to, ascending; the last is the dense one.
@@ -128,17 +132,19 @@ class SearchSpace:
             if (kept := snap(value.get(f"{prefix}prune/{group}", 0.0), list(grid))) < grid[-1]
         }
         bits = {layer: int(value[f"{prefix}bits/{layer}"]) for layer in own.widths}
-        ranks = {layer: value[f"{prefix}rank/{layer}"] for layer in own.ranks}
+        used = {name: bool(value.get(name)) for name in _SWITCHES}
+        ranks = {layer: value[f"{prefix}rank/{layer}"] for layer in own.ranks if used["factorize"]}
         ranks = {layer: share for layer, share in ranks.items() if share <= own.ranks[layer]}
         most, pattern = self.options.max_sparsity, value["pattern"]
-        found = {layer: value[f"{prefix}sparsity/{layer}"] for layer in own.sparse if layer not in ranks}
+        found = {layer: value[f"{prefix}sparsity/{layer}"] for layer in own.sparse if used["sparsify"]}
+        found = {layer: share for layer, share in found.items() if layer not in ranks}
         found = {layer: min(round(share, 2), most) for layer, share in found.items()}
         if pattern != "unstructured":
             share = _pattern_share(pattern)
             found = {layer: share if given > most / 2 else 0.0 for layer, given in found.items()}
         sparsity = {layer: share for layer, share in found.items() if share > 0}
         finest = 4 if value["granularity"] == "per-tensor" else 8
-        clusters = {layer: int(value[f"{prefix}clusters/{layer}"]) for layer in own.shared}
+        clusters = {layer: int(value[f"{prefix}clusters/{layer}"]) for layer in own.shared if used["share"]}
         clusters = {layer: size for layer, size in clusters.items() if size and bits.get(layer, 32) > finest}
         return CompressionPlan(
             variant=None if variant == MODEL else variant,
@@ -220,6 +226,7 @@ class SearchSpace:
         params |= {f"clusters/{layer}": clusters for layer in own.shared}
         whole = {"variant": variant, "pruning/ratio": min(ratio, self.options.max_ratio)}
         # About half of a group's channels lie below its mean, and hardly any below half of it.
+        whole |= {"factorize": rank < 1, "sparsify": sparsity > 0, "share": clusters > 0}
         whole["pruning/threshold"] = min(2 * ratio, _LARGEST_THRESHOLD)
         return self.to_plan({prefix + name: value for name, value in params.items()} | whole)
 
@@ -251,6 +258,10 @@ class SearchSpace:
             found["pruning/ratio"] = FloatDistribution(0.0, options.max_ratio)
         if options.prune and options.scope == "threshold":
             found["pruning/threshold"] = FloatDistribution(0.0, _LARGEST_THRESHOLD)
+        every = [self, *self.variants.values()]
+        for switch, kind in _SWITCHES.items():
+            if any(getattr(space, kind) for space in every):
+                found[switch] = CategoricalDistribution([False, True])
         choices: dict[str, Sequence[Any]] = {
             "variant": (MODEL, *self.variants),
             "importance": options.importance,
@@ -327,6 +338,11 @@ class SearchSpace:
             "distill/weight": plan.finetune.distillation_weight,
             "distill/hint_weight": plan.finetune.hint_weight,
             "finetune/learning_rate": plan.finetune.learning_rate,
+        }
+        values |= {
+            "factorize": bool(plan.factorize.ranks),
+            "sparsify": any(plan.sparsify.sparsity.values()),
+            "share": bool(plan.share.clusters),
         }
         # Where a technique isn't used, how it would be is left out of the plan.
         if plan.factorize.ranks:

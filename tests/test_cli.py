@@ -124,8 +124,16 @@ def test_check_with_the_profile_of_the_target(
     assert {step["width"] for step in staircase["steps"]} >= {8}
     counts = {step["count"] for step in staircase["steps"] if step["useful"]}
     assert set(data["analysis"]["counts"]["Conv2d"]) >= counts, "the space is made of what was measured"
-    text = cli(*fixed, cwd=project).stdout
+    layers = [layer["name"] for layer in data["analysis"]["layers"]]
+    assert [layer["layer"] for layer in data["redundancy"]] == layers
+    tried = {(entry["technique"], entry["name"]) for entry in data["sensitivity"]["entries"]}
+    assert tried >= {("prune", group["name"]) for group in data["analysis"]["groups"]}
+    assert all(isinstance(entry["loss_increase"], float) for entry in data["sensitivity"]["entries"])
+    picture = tmp_path / "pictures" / "slack.svg"
+    text = cli(*fixed, "--heatmap", picture, cwd=project).stdout
     assert "channels of Conv2d on openvino" in text
+    assert "most slack: " in text
+    assert picture.read_text().startswith("<svg")
     (file,) = (tmp_path / "paretune").iterdir()
     assert json.loads(file.read_text())["value"] == staircase  # the second check read what the first one had measured
 

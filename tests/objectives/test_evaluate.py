@@ -198,9 +198,9 @@ def test_a_failed_trial_leaves_the_older_artifact(evaluator: Evaluator, small: T
 
 
 def test_a_layer_in_another_width_fails_the_trial(evaluator: Evaluator, tmp_path: Path) -> None:
-    """OpenVINO's float32 isn't what a plan of float16 layers asks for."""
-    plan = CompressionPlan(quantize=Quantization(bits=dict.fromkeys(LAYERS, 16)))
-    with pytest.raises(TrialError, match="every layer must run in the width that the plan asks for"):
+    """OpenVINO computes so small a layer in floats rather than from weights in blocks of 4 bits."""
+    plan = CompressionPlan(quantize=Quantization(bits={"fc2": 4}))
+    with pytest.raises(TrialError, match="fc2 was to run in 4 bits and runs in 32"):
         evaluator.evaluate(plan, tmp_path / "trial", seed=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -453,7 +453,7 @@ PLANS: list[Any] = [
             variant="slim",
             prune=Pruning(ratio=0.4),
             sparsify=Sparsification(threshold=0.5),
-            quantize=Quantization(bits={"second": 8, "head": 4}, activations="float", affine=True, aware=False),
+            quantize=Quantization(bits={"second": 4, "head": 8}, activations="float", affine=True, aware=False),
         ),
         id="variant by rules",
     ),
