@@ -351,7 +351,7 @@ def test_without_parameters_comes_the_dense_model() -> None:
         assert plan == space.uniform() == space.sweep(0)
 
 
-EVERYTHING = {"factorize": True, "sparsify": True, "share": True}
+ON = {"factorize": True, "sparsify": True, "share": True}
 
 
 def test_parameters_of_a_dropped_technique_say_nothing() -> None:
@@ -359,20 +359,20 @@ def test_parameters_of_a_dropped_technique_say_nothing() -> None:
     assert WHOLE.to_plan({"method": "spatial", "pattern": "2:4", "affine": True}) == dense
     assert WHOLE.to_plan({"slim/prune/a": 0.5, "slim/sparsity/x": 0.5}) == dense
     assert WHOLE.to_plan({"rank/a": 0.25, "sparsity/b": 0.5, "clusters/c": 16}) == dense, "switched off"
-    factorized = WHOLE.to_plan({**EVERYTHING, "rank/a": 0.25, "sparsity/a": 0.5, "sparsity/b": 0.5})
+    factorized = WHOLE.to_plan({**ON, "rank/a": 0.25, "sparsity/a": 0.5, "sparsity/b": 0.5})
     assert factorized.factorize.ranks == {"a": 0.25}
     assert factorized.sparsify.sparsity == {"b": 0.5}, "factors before zeros"
     few = {"bits/a": 4, "bits/c": 8, "clusters/a": 16, "clusters/c": 16}
-    quantized = WHOLE.to_plan({**EVERYTHING, **few})
+    quantized = WHOLE.to_plan({**ON, **few})
     assert quantized.share.clusters == {}, "few bits before a codebook"
-    alike = WHOLE.to_plan({**EVERYTHING, **few, "granularity": "per-tensor"})
+    alike = WHOLE.to_plan({**ON, **few, "granularity": "per-tensor"})
     assert alike.share.clusters == {"c": 16}
-    assert WHOLE.to_plan({**EVERYTHING, "rank/a": 0.5}).factorize.ranks == {"a": 0.5}
-    assert WHOLE.to_plan({**EVERYTHING, "rank/a": 0.625}).factorize.ranks == {}, "factors that save nothing"
+    assert WHOLE.to_plan({**ON, "rank/a": 0.5}).factorize.ranks == {"a": 0.5}
+    assert WHOLE.to_plan({**ON, "rank/a": 0.625}).factorize.ranks == {}, "factors that save nothing"
 
 
 def test_a_pattern_is_on_or_off() -> None:
-    params = {**EVERYTHING, "pattern": "1:4", "sparsity/a": 0.1, "sparsity/b": 0.7}
+    params = {**ON, "pattern": "1:4", "sparsity/a": 0.1, "sparsity/b": 0.7}
     plan = WHOLE.to_plan(params)
     assert plan.sparsify == Sparsification(sparsity={"b": 0.75}, pattern="1:4")
     assert WHOLE.to_params(plan)["sparsity/b"] == 0.777
