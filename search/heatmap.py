@@ -83,7 +83,7 @@ def _cell(svg: ET.Element, x: float, y: float, entry: Entry, level: int | None) 
 
 def _legend(svg: ET.Element, y: float) -> None:
     _text(svg, _MARGIN, y, LEGEND, "soft")
-    x = _MARGIN + 6.6 * len(LEGEND)
+    x = _MARGIN + 6.8 * len(LEGEND)
     for place, (_, words, colour) in enumerate(LEVELS):
         box = {"x": f"{x:.1f}", "y": f"{y - 11:.1f}", "width": "14", "height": "14", "rx": "3"}
         ET.SubElement(svg, "rect", {"class": f"level-{place}", "fill": colour, **box})

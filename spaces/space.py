@@ -225,8 +225,8 @@ class SearchSpace:
         clusters = clusters if clusters in self.options.clusters else 0
         params |= {f"clusters/{layer}": clusters for layer in own.shared}
         whole = {"variant": variant, "pruning/ratio": min(ratio, self.options.max_ratio)}
-        # About half of a group's channels lie below its mean, and hardly any below half of it.
         whole |= {"factorize": rank < 1, "sparsify": sparsity > 0, "share": clusters > 0}
+        # About half of a group's channels lie below its mean, and hardly any below half of it.
         whole["pruning/threshold"] = min(2 * ratio, _LARGEST_THRESHOLD)
         return self.to_plan({prefix + name: value for name, value in params.items()} | whole)
 

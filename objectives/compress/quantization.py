@@ -284,8 +284,9 @@ def quantize(model: nn.Module, config: Quantization, context: Context, _fraction
         TrialError: A layer can't be quantized so.
     """
     insert_quantizers(model, config, context.schemes, context.forward)
+    quantizes = any(isinstance(module, QuantizedLayer) for module in model.modules())
     with torch.no_grad():
-        for batch in context.batches:
+        for batch in context.batches if quantizes else ():
             call(model, batch.inputs)
     freeze_quantizers(model)
     return model

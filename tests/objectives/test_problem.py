@@ -17,6 +17,7 @@ from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Target
 from paretune.objectives.tasks import Regression
+from tests.nets import ViT, image
 
 
 class Constant(nn.Module):
@@ -88,6 +89,18 @@ BAD: list[Any] = [
         "did you mean 'conv",
         id="hints",
     ),
+    pytest.param(
+        lambda p: replace(p, variants={"slim": ModelSource(Constant(float("nan")), key="model.variants.slim")}),
+        "model.variants.slim",
+        "finite",
+        id="variant",
+    ),
+    pytest.param(
+        lambda p: replace(p, variants={"good": p.model, "images": ModelSource(nn.Conv2d(3, 8, 3))}),
+        "model.variants.images",
+        "RuntimeError",
+        id="inputs of a variant",
+    ),
     pytest.param(lambda p: replace(p, model=ModelSource(nn.Conv2d(3, 8, 3))), "model", "RuntimeError", id="inputs"),
     pytest.param(lambda p: replace(p, task=Regression()), "model", "values of the targets' shape", id="task"),
     pytest.param(
@@ -121,3 +134,33 @@ def test_the_validation_split_must_hold_a_batch(problem: Problem, length: int, b
     else:
         with pytest.raises(JobError, match="larger validation split"):
             small.check()
+
+
+def test_grids_are_those_of_the_groups_that_can_be_pruned(problem: Problem) -> None:
+    assert problem.grids == {"conv1": [8, 16], "conv2": [8, 16, 24, 32], "fc1": [8, 16, 24, 32]}
+    assert replace(problem, exclude=("conv*",)).grids.keys() == {"fc1"}
+
+
+def test_channels_that_go_together_make_the_grid(problem: Problem) -> None:
+    attention = replace(problem, model=ModelSource(ViT), splits=images(problem))
+    units = {group.name: group.unit for group in attention.analyse().groups}
+    assert max(units.values()) > 1
+    for name, grid in attention.grids.items():
+        assert all(count % units[name] == 0 for count in grid)
+
+
+def images(problem: Problem) -> Splits:
+    split = Split(image(8), torch.arange(8) % 5)
+    return replace(problem.splits, train=split, validation=split, test=split)
+
+
+def test_variants_stand_in_the_models_place(problem: Problem) -> None:
+    job = replace(problem, variants={"twin": problem.model}, exclude=("fc1",))
+    job.check()
+    twin = job.of("twin")
+    assert job.of(None) is job
+    assert twin is job.of("twin")
+    assert (twin.model, twin.teachers, twin.variants) == (problem.model, (problem.model,), {})
+    assert (twin.target, twin.exclude, twin.splits) == (job.target, job.exclude, job.splits)
+    taught = replace(job, teachers=(ModelSource("tests.nets:PlainCNN"),))
+    assert taught.of("twin").teachers == taught.teachers

@@ -340,3 +340,56 @@ def test_objectives_without_a_column_get_one(tmp_path: Path) -> None:
     html = write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")
     assert "energy_mj</button>" in html
     assert html.count('data-v="123.0"') == 6
+
+
+def _cells(html: str, layer: str) -> list[str]:
+    row = re.search(rf'<th scope="row" title="group {layer}">.*?</tr>', html, flags=re.S)
+    assert row
+    return re.findall(r'<td class="c [^"]+"[^>]*>([^<]+)<', row[0])
+
+
+def test_the_layer_map_shows_ranks_zeros_and_codebooks(tmp_path: Path) -> None:
+    front = _front()
+    first, second, third = (point["plan"] for point in front["points"][:3])
+    first |= {"factorize": {"ranks": {"block1.conv2": 0.375}, "method": "spatial"}, "variant": "slim"}
+    second |= {"sparsify": {"sparsity": {"block1.conv2": 0.755}}, "share": {"clusters": {"block1.conv2": 16}}}
+    third |= {"schedule": {"shape": "cubic", "steps": 4}}
+    html = write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")
+    assert _cells(html, "block1.conv2") == ["8 r38", "8 z76 k16", "8", "8", "8"]
+    assert _cells(html, "block2.conv1") == [cell.split()[0] for cell in _cells(html, "block2.conv1")]
+    text = re.sub(r"\s+", " ", _text(html))
+    assert "architecture slim \u2013 \u2013 \u2013 \u2013" in text
+    assert "cuts \u2013 \u2013 cubic" in text
+    assert "factors of convolutions spatial \u2013" in text
+    assert "zeros \u2013" not in text, "what no point has isn't listed"
+
+
+def test_what_each_technique_brought_is_a_table(run: Path) -> None:
+    assert "What each technique brings here" not in write_report(run).read_text(encoding="utf-8")
+    tried = [
+        {
+            "technique": "prune",
+            "setting": "50% of all channels",
+            "value": "",
+            "left": {"latency_ms": 0.613, "macs": 0.3},
+        },
+        {"technique": "share", "setting": "16 <values>", "value": "", "left": {"latency_ms": 1.0, "size_bytes": 0.2}},
+        {"technique": "factorize", "setting": "tucker", "value": "tucker", "left": {}},
+    ]
+    reasons = [(True, "saves 39% of latency_ms"), (False, "saves less than 3% of latency_ms"), (False, "no kernel")]
+    tried = [
+        one | {"offered": offered, "reason": reason} for one, (offered, reason) in zip(tried, reasons, strict=True)
+    ]
+    (run / "techniques.json").write_text(json.dumps({"tried": tried}))
+    html = write_report(run).read_text(encoding="utf-8")
+    section = re.search(r'<section id="techniques">(.*?)</section>', html, flags=re.S)
+    assert section
+    rows = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", section[1], flags=re.S)
+    ]
+    assert rows == [
+        ["technique", "setting", "latency_ms", "macs", "size_bytes", "offered", "why"],
+        ["prune", "50% of all channels", "61%", "30%", "\u2013", "yes", "saves 39% of latency_ms"],
+        ["share", "16 &lt;values&gt;", "100%", "\u2013", "20%", "no", "saves less than 3% of latency_ms"],
+        ["factorize", "tucker", "\u2013", "\u2013", "\u2013", "no", "no kernel"],
+    ]

@@ -29,10 +29,11 @@ from paretune.search.export import export, pick
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job
 from paretune.search.results import write_front
-from paretune.search.run import resume, run
+from paretune.search.run import _enqueue, open_study, resume, run
 from paretune.search.study import SearchStudy
 from paretune.search.verify_front import verify_front
 from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.space import SearchSpace
 from tests.search.conftest import MODULE, NewRun, TinyJob
 
 TRIALS = 6
@@ -98,7 +99,16 @@ def finished(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_folder_is_whole(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(("study.db-", ".lock"))}
     assert names == {
-        *("job.yaml", "environment.json", "analysis.json", "techniques.json", "study.db", "baseline", "trials", "workers.log"),
+        *(
+            "job.yaml",
+            "environment.json",
+            "analysis.json",
+            "techniques.json",
+            "study.db",
+            "baseline",
+            "trials",
+            "workers.log",
+        ),
         *("front.json", "front.svg", "trials.csv", "report.html"),
     }
     assert [path.name for path in finished.parent.iterdir()] == ["whole"]
@@ -138,6 +148,23 @@ def test_the_dense_model_comes_first_and_then_uniform_plans(finished: Path) -> N
     assert len(set(uniform.quantize.bits.values())) == 1
     assert len({round(ratio, 6) for ratio in uniform.prune.ratios.values()}) <= 1
     assert uniform != dense
+
+
+def test_variants_come_between_the_dense_model_and_uniform_plans(tiny: TinyJob, tmp_path: Path) -> None:
+    layers: dict[str, Any] = {"grids": {"a": [8, 16]}, "widths": {"a": (32, 8)}}
+    slim = SearchSpace(**layers, ranks={"a": 0.5}, sparse=("a",), shared=("a",))
+    space = SearchSpace(**layers, variants={"slim": slim, "wide": slim})
+    job = tiny(tmp_path, search={"trials": 20, "uniform_trials": 2})
+    study = open_study(job, tmp_path, space)
+    _enqueue(job, study, space)
+    found = [study.propose() for _ in range(6)]
+    assert [proposal.source for proposal in found] == ["dense", *["variant"] * 2, *["uniform"] * 2, "sampler"]
+    plans = [proposal.plan for proposal in found]
+    assert [plan.variant for plan in plans[:5]] == [None, "slim", "wide", None, None]
+    assert plans[1] == space.uniform(variant="slim")
+    assert len({plan.hash for plan in plans[:5]}) == 5
+    _enqueue(job, study, space)
+    assert study.propose().source == "sampler", "a resumed study has them already"
 
 
 def test_the_front_is_verified(finished: Path) -> None:

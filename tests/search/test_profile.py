@@ -1,0 +1,121 @@
+"""What is found out about a job before its search, stored and read back, and the space that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paretune.errors import JobError
+from paretune.objectives.baseline import Baseline
+from paretune.objectives.problem import Problem
+from paretune.search.job import Job
+from paretune.search.problem import BASELINE, load_problem
+from paretune.search.profile import Profile, make_job_space, profile_job
+from paretune.search.techniques import Tried
+from tests.search.conftest import MODULE, TinyJob
+
+AUTO = {"prune": "auto", "quantize": "auto", "factorize": "auto", "sparsify": True, "share": False, "exclude": ["7"]}
+
+
+@pytest.fixture(scope="module")
+def job(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Counts multiply-accumulates, so that no noise of the clock decides."""
+    twin = {"variants": {"twin": {"factory": f"{MODULE}:build"}}}
+    return tiny(tmp_path_factory.mktemp("jobs"), model=twin, objectives=["accuracy", "macs"], space=AUTO)
+
+
+@pytest.fixture(scope="module")
+def problem(job: Job) -> Problem:
+    return load_problem(job)
+
+
+@pytest.fixture(scope="module")
+def profiled(job: Job, problem: Problem, measured: Path) -> Profile:
+    """With the baseline of the same model on the same target."""
+    return profile_job(job, problem, Baseline(measured / BASELINE), problem.analyse())
+
+
+def test_each_technique_is_tried_on_the_target(profiled: Profile) -> None:
+    found = {one.technique: one for one in profiled.tried}
+    assert found.keys() == {"prune", "quantize", "factorize", "sparsify"}, "what is off isn't tried"
+    assert {name: one.offered for name, one in found.items()} == {
+        "prune": True,
+        "quantize": False,
+        "factorize": True,
+        "sparsify": True,
+    }
+    assert found["prune"].left["macs"] < 0.5, "half of the channels, of which one layer reads the other's"
+    assert found["quantize"].left["macs"] == found["sparsify"].left["macs"] == 1
+    assert found["quantize"].left["size_bytes"] < 0.9
+    assert found["sparsify"].reason.endswith("but the job asks for it (space.sparsify: true)")
+    for one in profiled.tried:
+        assert {"latency_ms", "size_bytes", "params", "macs"} <= one.left.keys()
+
+
+def test_the_space_has_what_is_offered(job: Job, problem: Problem, profiled: Profile) -> None:
+    space = make_job_space(job, problem, profiled, 32)
+    assert set(space.grids) == {"0", "3"}
+    assert space.widths == {"0": (32,), "3": (32,), "7": (32,)}
+    assert "3" in space.ranks
+    assert "7" not in space.ranks, "excluded"
+    assert set(space.sparse) == {"0", "3"}
+    assert space.shared == ()
+    assert space.options.patterns == ("unstructured",)
+    assert space.variants.keys() == {"twin"}
+    assert replace(space, variants={}) == replace(space.variants["twin"], variants={})
+
+
+def test_a_profile_is_read_back(job: Job, problem: Problem, profiled: Profile, tmp_path: Path) -> None:
+    profiled.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "techniques.json"}
+    read = Profile.read(tmp_path, problem)
+    assert replace(read, staircases=profiled.staircases) == profiled
+    assert make_job_space(job, problem, read, 32) == make_job_space(job, problem, profiled, 32)
+
+
+def nothing(profiled: Profile) -> Profile:
+    reason = "saves less than 3% of macs"
+    return replace(profiled, tried=(Tried("prune", "50% of all channels", "", {"macs": 1.0}, False, reason),))
+
+
+def test_a_space_without_anything_is_refused(job: Job, problem: Problem, profiled: Profile) -> None:
+    alone = replace(problem, variants={})
+    with pytest.raises(JobError, match=r"prune \(50% of all channels\) saves less than 3% of macs") as caught:
+        make_job_space(job, alone, replace(nothing(profiled), variants={}), 32)
+    assert caught.value.where == "space"
+
+
+def test_variants_alone_are_a_choice(job: Job, problem: Problem, profiled: Profile) -> None:
+    space = make_job_space(job, problem, nothing(profiled), 32)
+    assert {"variant", "distill/weight"} <= space.distributions().keys()
+    assert not any("/" in name.removeprefix("distill/").removeprefix("finetune/") for name in space.distributions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"scope": "global"}, {"pruning/ratio"}, id="global"),
+        pytest.param({"scope": "threshold"}, {"pruning/threshold"}, id="threshold"),
+        pytest.param({"schedule": ["one-shot", "cubic:3"]}, {"schedule", "prune/0", "prune/3"}, id="cuts"),
+        pytest.param({"method": ["tucker", "spatial"]}, {"prune/0", "prune/3"}, id="one method is offered"),
+        pytest.param({"hint_weight": [0, 1]}, {"distill/hint_weight", "prune/0", "prune/3"}, id="hints"),
+        pytest.param({"importance": ["l1", "fpgm"]}, {"importance", "prune/0", "prune/3"}, id="importance"),
+    ],
+)
+def test_what_the_job_leaves_open_is_a_choice(
+    tiny: TinyJob,
+    problem: Problem,
+    profiled: Profile,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    expected: set[str],
+) -> None:
+    job = tiny(tmp_path, space=AUTO | settings)
+    names = make_job_space(job, problem, profiled, 32).distributions().keys()
+    own = {name for name in names if not name.startswith("twin/")}
+    always = {"rank/3", "sparsity/0", "sparsity/3", "factorize", "sparsify", "variant"}
+    always |= {"distill/temperature", "distill/weight", "finetune/learning_rate"}
+    assert own - {"rank/0"} == expected | always

@@ -1,0 +1,240 @@
+"""Which techniques are offered, and a space without those that aren't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from paretune.errors import JobError, TrialError
+from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.measurement import Measurement
+from paretune.search.job import Job, make_job
+from paretune.search.techniques import GAIN, Tried, restrict, try_techniques, wanted
+from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.space import Options, SearchSpace
+from tests.records import on_target
+
+OPTIONS = Options(methods=("tucker", "spatial"), patterns=("unstructured", "2:4"))
+SPACE = SearchSpace(
+    {"a": [8, 16], "b": [8, 16, 24, 32]},
+    {"a": (32, 8, 4), "b": (32, 8)},
+    OPTIONS,
+    ranks={"a": 0.5, "b": 0.5},
+    sparse=("a", "b"),
+    shared=("a", "b"),
+    variants={"slim": SearchSpace({"a": [8, 16]}, {"a": (32, 8, 4)}, OPTIONS, {"a": 0.5}, ("a",), ("a",))},
+)
+BASELINE = Measurement({"": on_target(0.9, 4.0, size=1000), "big": on_target(0.9, 40.0, size=1000)}, 200, 3000)
+DENSE = {key: float(value) for key, value in BASELINE.to_dict().items()}
+TECHNIQUES = ("prune", "quantize", "factorize", "sparsify", "share")
+
+
+class Outlines:
+    """Stands in for an evaluator: says what is left of each plan."""
+
+    def __init__(self, left: Callable[[CompressionPlan], Mapping[str, float]]) -> None:
+        self._left = left
+        self.plans: list[CompressionPlan] = []
+
+    def outline(self, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+        self.plans.append(plan)
+        names = ("latency_ms", "latency_high_ms", "size_bytes", "latency_ms@big", "latency_high_ms@big")
+        found = {name: DENSE[name] for name in (*names, "size_bytes@big", "params", "macs")}
+        found |= {"latency_high_ms": DENSE["latency_ms"], "latency_high_ms@big": DENSE["latency_ms@big"]}
+        for name, share in self._left(plan).items():
+            found[name] = share * found[name]
+            if name.startswith("latency_ms"):
+                high = name.replace("latency_ms", "latency_high_ms")
+                found[high] = share * found[high]
+        return found
+
+
+def job(objectives: tuple[str, ...] = ("accuracy", "latency_ms"), **space: Any) -> Job:
+    return make_job(
+        {"name": "a", "model": {"factory": "p:b"}, "data": "digits", "objectives": list(objectives), "space": space}
+    )
+
+
+def tried(found: Job, outlines: Outlines, space: SearchSpace = SPACE) -> list[Tried]:
+    lines: list[str] = []
+    result = try_techniques(found, cast(Evaluator, outlines), BASELINE, space, lines.append)
+    assert len(lines) == 1
+    return result
+
+
+def zeros_save_size(plan: CompressionPlan) -> Mapping[str, float]:
+    """As on a CPU: zeros and codebooks make the file smaller, pruned channels and 8 bits the calls faster as well."""
+    if plan.sparsify.sparsity or plan.share.clusters:
+        return {"size_bytes": 0.5}
+    if plan.factorize.ranks:
+        return {"latency_ms": 1.2, "size_bytes": 0.6, "params": 0.6}
+    return {"latency_ms": 0.7, "size_bytes": 0.5}
+
+
+def test_each_technique_is_tried_alone() -> None:
+    outlines = Outlines(zeros_save_size)
+    found = tried(job(), outlines)
+    assert [(one.technique, one.value) for one in found] == [
+        ("prune", ""),
+        ("quantize", "8"),
+        ("quantize", "4"),
+        ("factorize", "tucker"),
+        ("factorize", "spatial"),
+        ("sparsify", "unstructured"),
+        ("sparsify", "2:4"),
+        ("share", ""),
+    ]
+    for one, plan in zip(found, outlines.plans, strict=True):
+        used = {
+            "prune": bool(plan.prune.ratios),
+            "quantize": any(bits <= 8 for bits in plan.quantize.bits.values()),
+            "factorize": bool(plan.factorize.ranks),
+            "sparsify": bool(plan.sparsify.sparsity),
+            "share": bool(plan.share.clusters),
+        }
+        assert [name for name, is_used in used.items() if is_used] == [one.technique]
+    assert (outlines.plans[4].factorize.method, outlines.plans[6].sparsify.pattern) == ("spatial", "2:4")
+    assert found[0].setting == "50% of all channels"
+
+
+def test_what_saves_nothing_that_counts_isnt_offered() -> None:
+    found = tried(job(), Outlines(zeros_save_size))
+    assert [one.technique for one in found if one.offered] == ["prune", "quantize", "quantize"]
+    zeros = next(one for one in found if one.technique == "sparsify")
+    assert zeros.reason == "saves less than 3% of latency_ms"
+    assert (zeros.left["size_bytes"], zeros.left["latency_ms"]) == (0.5, 1.0)
+    assert next(one for one in found if one.technique == "prune").reason == "saves 30% of latency_ms"
+    by_size = tried(job(("accuracy", "latency_ms", "size_bytes")), Outlines(zeros_save_size))
+    assert all(one.offered for one in by_size)
+
+
+def test_what_the_job_asks_for_is_offered_all_the_same() -> None:
+    found = tried(job(sparsify=True), Outlines(zeros_save_size))
+    zeros = [one for one in found if one.technique == "sparsify"]
+    assert [one.offered for one in zeros] == [True, True]
+    assert zeros[0].reason.endswith("but the job asks for it (space.sparsify: true)")
+    assert not any(one.offered for one in found if one.technique in ("factorize", "share"))
+
+
+@pytest.mark.parametrize(("left", "offered"), [(1 - GAIN - 0.001, True), (1 - GAIN + 0.001, False), (1.5, False)])
+def test_so_much_must_be_saved(left: float, offered: bool) -> None:
+    found = tried(job(), Outlines(lambda plan: {"latency_ms": left}))
+    assert {one.offered for one in found} == {offered}
+
+
+def test_a_latency_counts_by_the_upper_end_of_its_interval() -> None:
+    found = tried(job(), Outlines(lambda plan: {"latency_high_ms": 1.01, "latency_ms": 0.9}))
+    assert all(one.offered for one in found)
+    found = tried(job(), Outlines(lambda plan: {"latency_ms": 0.9, "latency_high_ms": 1.1}))
+    assert not any(one.offered for one in found)
+
+
+def test_bounds_and_further_targets_count() -> None:
+    content = job().model_dump(exclude={"target", "targets"}) | {"constraints": ["size_bytes <= 500"]}
+    content["targets"] = [{}, {"name": "big", "batch_size": 64}]
+    bounded = make_job(content)
+    assert wanted(bounded) == ["accuracy", "latency_ms", "latency_ms@big", "size_bytes"]
+    found = tried(bounded, Outlines(lambda plan: {"latency_ms@big": 0.5} if plan.share.clusters else {}))
+    assert [one.technique for one in found if one.offered] == ["share"]
+    assert next(one for one in found if one.offered).reason == "saves 50% of latency_ms@big"
+
+
+def test_what_only_gpus_measure_is_judged_by_what_goes_with_it() -> None:
+    content = job().model_dump(exclude={"targets"}) | {"objectives": ["accuracy", "energy_mj"]}
+    content["target"] = content["target"] | {"runtime": "tensorrt", "device": "cuda"}
+    found = tried(make_job(content), Outlines(zeros_save_size))
+    assert {one.technique for one in found if one.offered} == {"prune", "quantize"}
+
+
+@pytest.mark.parametrize("switch", ["auto", True])
+@pytest.mark.parametrize("error", [TrialError("conv2 was to run in 4 bits"), RuntimeError("no such kernel")])
+def test_what_fails_isnt_offered_and_stops_nothing(switch: Any, error: Exception) -> None:
+    def fail(plan: CompressionPlan) -> Mapping[str, float]:
+        if plan.share.clusters:
+            raise error
+        return {"latency_ms": 0.5}
+
+    found = tried(job(share=switch), Outlines(fail))
+    assert [one.offered for one in found] == [True] * 7 + [False]
+    assert str(error) in found[-1].reason
+    assert found[-1].left == {}
+
+
+def test_a_wrong_job_isnt_taken_for_a_technique_that_fails() -> None:
+    def fail(plan: CompressionPlan) -> Mapping[str, float]:
+        raise JobError("data", "must be there", "nothing", "give some")
+
+    with pytest.raises(JobError, match="data must be there"):
+        tried(job(), Outlines(fail))
+
+
+def test_strengths_stay_within_what_the_job_allows() -> None:
+    mild = replace(SPACE, options=replace(OPTIONS, max_ratio=0.25, max_sparsity=0.3))
+    outlines = Outlines(zeros_save_size)
+    found = {one.technique: one.setting for one in reversed(tried(job(), outlines, mild))}
+    assert (found["prune"], found["sparsify"]) == ("25% of all channels", "30% zeros")
+    for plan in outlines.plans:
+        assert max(plan.sparsify.sparsity.values(), default=0) in (0, 0.3, 0.5), "a pattern sets its own share"
+
+
+def offer(**values: list[str]) -> list[Tried]:
+    """Everything was tried, and these values are offered."""
+    known = {
+        "prune": [""],
+        "quantize": ["8", "4"],
+        "factorize": ["tucker", "spatial"],
+        "sparsify": ["unstructured", "2:4"],
+        "share": [""],
+    }
+    return [
+        Tried(technique, "", value, {}, value in values.get(technique, []), "")
+        for technique, found in known.items()
+        for value in found
+    ]
+
+
+def test_restrict_leaves_everything_that_is_offered() -> None:
+    everything = offer(
+        prune=[""], quantize=["8", "4"], factorize=["tucker", "spatial"], sparsify=["unstructured", "2:4"], share=[""]
+    )
+    assert restrict(SPACE, everything) == SPACE
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_restrict_removes_a_technique_and_nothing_else(technique: str) -> None:
+    values = {
+        "prune": [""],
+        "quantize": ["8", "4"],
+        "factorize": ["tucker", "spatial"],
+        "sparsify": ["unstructured", "2:4"],
+        "share": [""],
+    }
+    space = restrict(SPACE, offer(**{name: found for name, found in values.items() if name != technique}))
+    kind = dict(zip(TECHNIQUES, ("prune", "bits", "rank", "sparsity", "clusters"), strict=True))[technique]
+    before, after = SPACE.distributions(), space.distributions()
+    # Neither is there a switch any more, nor a way in which it is applied.
+    about = {technique} | {"factorize": {"method"}, "sparsify": {"pattern"}}.get(technique, set())
+    gone = before.keys() - after.keys()
+    assert {name for name in gone if f"{kind}/" not in name} <= about
+    assert {name for name in before if name.removeprefix("slim/").startswith(f"{kind}/")} <= gone
+    assert after.keys() <= before.keys()
+
+
+def test_restrict_removes_widths_methods_and_patterns() -> None:
+    space = restrict(SPACE, offer(quantize=["8"], factorize=["spatial"], sparsify=["2:4"]))
+    assert space.widths == {"a": (32, 8), "b": (32, 8)}
+    assert space.variants["slim"].widths == {"a": (32, 8)}
+    for own in (space, space.variants["slim"]):
+        assert (own.options.methods, own.options.patterns, own.options.prune) == (("spatial",), ("2:4",), False)
+        assert (own.grids, own.shared) == ({}, ())
+        assert own.ranks
+        assert own.sparse
+    assert space.options == space.variants["slim"].options
+
+
+def test_tried_techniques_are_stored_as_json() -> None:
+    one = Tried("share", "16 values a layer", "", {"size_bytes": 0.5}, True, "saves 50% of size_bytes")
+    assert Tried(**one.to_dict()) == one
