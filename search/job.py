@@ -196,7 +196,8 @@ class Job(Section):
         """
         content = self.model_dump(mode="json")
         teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
-        models = [self.model, *(teacher for teacher in teachers if isinstance(teacher, ModelSection))]
+        models = [self.model, *self.model.variants.values()]
+        models += [teacher for teacher in teachers if isinstance(teacher, ModelSection)]
         homes = [home_folder(value) for value in (*(m.factory for m in models), self.data.source, self.task)]
         content["python_path"] = list(dict.fromkeys([*self.python_path, *filter(None, homes)]))
         return write_yaml(content)

@@ -15,8 +15,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
     model_serializer,
@@ -318,7 +320,12 @@ Augmentations = Annotated[list[Literal["crop", "flip", "cutout", "mixup"]], Afte
 Hints = Annotated[list[str] | dict[str, str], BeforeValidator(_layers)]
 Importances = Choices[Importance]
 Schedules = Choices[Annotated[str, AfterValidator(_schedule)]]
-Patterns = Literal["auto"] | Choices[Annotated[str, AfterValidator(_pattern)]]
+# Tags in angle brackets: messages leave them out of the key.
+Patterns = Annotated[
+    Annotated[Literal["auto"], Tag("<auto>")]
+    | Annotated[Choices[Annotated[str, AfterValidator(_pattern)]], Tag("<several>")],
+    Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<several>"),
+]
 Methods = Choices[Method]
 Observers = Choices[Observer]
 Flags = Choices[bool]

@@ -256,7 +256,6 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
         "distillation temperature": ("finetune", "temperature"),
         "distillation weight": ("finetune", "distillation_weight"),
         "channel importance": ("prune", "importance"),
-        "cuts": ("schedule", "shape"),
         "factors of convolutions": ("factorize", "method"),
         "zeros": ("sparsify", "pattern"),
         "observer": ("quantize", "observer"),
@@ -266,6 +265,8 @@ def _layer_map(run: RunFiles) -> dict[str, Any]:
         (name, [str((plan.get(part) or {}).get(key, UNKNOWN)) for plan in plans])
         for name, (part, key) in settings.items()
     ]
+    schedules = [plan.get("schedule") or {} for plan in plans]
+    choices.append(("cuts", [f"{s['steps']}, {s['shape']}" if "steps" in s else UNKNOWN for s in schedules]))
     choices.append(("architecture", [str(plan.get("variant") or UNKNOWN) for plan in plans]))
     choices = [(name, values) for name, values in choices if set(values) != {UNKNOWN}]
     return {"rows": rows, "choices": choices, "dense": dense, "picks": run.picks()}

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paretune.objectives.artifact import PLAN
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.verify import Verified
 from paretune.search.front import feasible, pareto_front
@@ -15,6 +16,7 @@ from paretune.search.front_json import SCHEMA
 from paretune.search.job_types import direction
 from paretune.search.problem import BASELINE
 from paretune.search.study import SearchStudy, TrialRow
+from paretune.spaces.plan import CompressionPlan
 
 _METRICS = (
     "accuracy",
@@ -86,10 +88,13 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
 
 def _point(run: Path, row: TrialRow, artifact: Path) -> dict[str, Any]:
     assert row.plan is not None
+    # The artifact's plan says what a global ratio or threshold came to.
+    path = artifact / PLAN
+    plan = CompressionPlan.from_json(path.read_text()) if path.is_file() else row.plan
     return {
         "trial": row.number,
-        "plan": row.plan.to_dict(),
-        "plan_hash": row.plan.hash,
+        "plan": plan.to_dict(),
+        "plan_hash": plan.hash,
         "artifact": str(artifact.relative_to(run)),
         "validation": row.measurement.to_dict(),
     }

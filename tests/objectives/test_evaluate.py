@@ -419,7 +419,8 @@ class Slim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
-        return self.head(torch.relu(self.second(x)).flatten(1))
+        out: Tensor = self.head(torch.relu(self.second(x)).flatten(1))
+        return out
 
 
 def slim() -> nn.Module:
@@ -526,9 +527,9 @@ def test_the_executed_widths_of_everything(evaluator: Evaluator, tmp_path: Path)
     module = load_module(tmp_path / "trial", evaluator._problem)
     (weight,) = weights_of(module, "fc1")
     assert ((weight.view(len(weight), -1, 4) == 0).sum(2) >= 2).all(), "2:4 after the training, in the artifact"
-    assert len(weight.unique()) <= 16
+    assert len(torch.unique(weight)) <= 16
     assert len(weight) == 24
-    assert len(weights_of(module, "conv1")[0].unique()) <= 16
+    assert len(torch.unique(weights_of(module, "conv1")[0])) <= 16
 
 
 def test_cuts_end_at_the_ratios_of_the_plan(evaluator: Evaluator, problem: Problem, tmp_path: Path) -> None:
@@ -573,9 +574,10 @@ def test_what_doesnt_take_few_bits_isnt_packed(small: Trial) -> None:
 
 
 def test_pruned_first_and_quantized_then_keeps_what_both_keep(evaluator: Evaluator, tmp_path: Path) -> None:
-    prune, quantize = {"ratios": {"conv2": 0.5, "fc1": 0.5}}, {"bits": dict.fromkeys(LAYERS, 8)}
+    prune = {"ratios": {"conv2": 0.5, "fc1": 0.5}}
+    quantize = {"bits": dict.fromkeys(LAYERS, 8)}
     finetune = {"learning_rate": 3e-3, "distillation_weight": 0.5}
-    sections = {"pruned": {"prune": prune}, "quantized": {"quantize": quantize}}
+    sections: dict[str, dict[str, Any]] = {"pruned": {"prune": prune}, "quantized": {"quantize": quantize}}
     sections["both"] = sections["pruned"] | sections["quantized"]
     accuracy = {
         name: evaluator.evaluate(

@@ -488,7 +488,6 @@ def test_variants_are_models_of_their_own(tmp_path: Path) -> None:
     assert load_job(write(tmp_path)).model.variants == {}
 
 
-@pytest.mark.xfail(strict=True, reason="the folder of a variant's module isn't written down yet")
 def test_a_variant_may_be_a_live_object() -> None:
     variants = {"slim": {"factory": build_linear}}
     job = make_job({"name": "a", "model": {"factory": "p:b", "variants": variants}, "data": "digits"})

@@ -33,9 +33,19 @@ def problem(job: Job) -> Problem:
 
 
 @pytest.fixture(scope="module")
-def profiled(job: Job, problem: Problem, measured: Path) -> Profile:
-    """With the baseline of the same model on the same target."""
-    return profile_job(job, problem, Baseline(measured / BASELINE), problem.analyse())
+def baseline(measured: Path) -> Baseline:
+    """Of the same model on the same target, in whatever float format was the fastest."""
+    return Baseline(measured / BASELINE)
+
+
+@pytest.fixture(scope="module")
+def floats(baseline: Baseline) -> int:
+    return baseline.float_bits[""]
+
+
+@pytest.fixture(scope="module")
+def profiled(job: Job, problem: Problem, baseline: Baseline) -> Profile:
+    return profile_job(job, problem, baseline, problem.analyse())
 
 
 def test_each_technique_is_tried_on_the_target(profiled: Profile) -> None:
@@ -55,10 +65,10 @@ def test_each_technique_is_tried_on_the_target(profiled: Profile) -> None:
         assert {"latency_ms", "size_bytes", "params", "macs"} <= one.left.keys()
 
 
-def test_the_space_has_what_is_offered(job: Job, problem: Problem, profiled: Profile) -> None:
-    space = make_job_space(job, problem, profiled, 32)
+def test_the_space_has_what_is_offered(job: Job, problem: Problem, profiled: Profile, floats: int) -> None:
+    space = make_job_space(job, problem, profiled, floats)
     assert set(space.grids) == {"0", "3"}
-    assert space.widths == {"0": (32,), "3": (32,), "7": (32,)}
+    assert space.widths == dict.fromkeys(("0", "3", "7"), (floats,))
     assert "3" in space.ranks
     assert "7" not in space.ranks, "excluded"
     assert set(space.sparse) == {"0", "3"}
@@ -68,12 +78,19 @@ def test_the_space_has_what_is_offered(job: Job, problem: Problem, profiled: Pro
     assert replace(space, variants={}) == replace(space.variants["twin"], variants={})
 
 
-def test_a_profile_is_read_back(job: Job, problem: Problem, profiled: Profile, tmp_path: Path) -> None:
+def test_a_profile_is_read_back(job: Job, problem: Problem, profiled: Profile, floats: int, tmp_path: Path) -> None:
     profiled.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "techniques.json"}
     read = Profile.read(tmp_path, problem)
     assert replace(read, staircases=profiled.staircases) == profiled
-    assert make_job_space(job, problem, read, 32) == make_job_space(job, problem, profiled, 32)
+    assert make_job_space(job, problem, read, floats) == make_job_space(job, problem, profiled, floats)
+
+
+def test_a_run_of_an_older_version_isnt_gone_on_with(problem: Problem, profiled: Profile, tmp_path: Path) -> None:
+    profiled.write(tmp_path)
+    (tmp_path / "techniques.json").unlink()
+    with pytest.raises(JobError, match=r"run must have a techniques\.json.*an older version"):
+        Profile.read(tmp_path, problem)
 
 
 def nothing(profiled: Profile) -> Profile:
@@ -81,15 +98,15 @@ def nothing(profiled: Profile) -> Profile:
     return replace(profiled, tried=(Tried("prune", "50% of all channels", "", {"macs": 1.0}, False, reason),))
 
 
-def test_a_space_without_anything_is_refused(job: Job, problem: Problem, profiled: Profile) -> None:
+def test_a_space_without_anything_is_refused(job: Job, problem: Problem, profiled: Profile, floats: int) -> None:
     alone = replace(problem, variants={})
     with pytest.raises(JobError, match=r"prune \(50% of all channels\) saves less than 3% of macs") as caught:
-        make_job_space(job, alone, replace(nothing(profiled), variants={}), 32)
+        make_job_space(job, alone, replace(nothing(profiled), variants={}), floats)
     assert caught.value.where == "space"
 
 
-def test_variants_alone_are_a_choice(job: Job, problem: Problem, profiled: Profile) -> None:
-    space = make_job_space(job, problem, nothing(profiled), 32)
+def test_variants_alone_are_a_choice(job: Job, problem: Problem, profiled: Profile, floats: int) -> None:
+    space = make_job_space(job, problem, nothing(profiled), floats)
     assert {"variant", "distill/weight"} <= space.distributions().keys()
     assert not any("/" in name.removeprefix("distill/").removeprefix("finetune/") for name in space.distributions())
 
@@ -109,12 +126,13 @@ def test_what_the_job_leaves_open_is_a_choice(
     tiny: TinyJob,
     problem: Problem,
     profiled: Profile,
+    floats: int,
     tmp_path: Path,
     settings: dict[str, Any],
     expected: set[str],
 ) -> None:
     job = tiny(tmp_path, space=AUTO | settings)
-    names = make_job_space(job, problem, profiled, 32).distributions().keys()
+    names = make_job_space(job, problem, profiled, floats).distributions().keys()
     own = {name for name in names if not name.startswith("twin/")}
     always = {"rank/3", "sparsity/0", "sparsity/3", "factorize", "sparsify", "variant"}
     always |= {"distill/temperature", "distill/weight", "finetune/learning_rate"}

@@ -359,7 +359,7 @@ def test_the_layer_map_shows_ranks_zeros_and_codebooks(tmp_path: Path) -> None:
     assert _cells(html, "block2.conv1") == [cell.split()[0] for cell in _cells(html, "block2.conv1")]
     text = re.sub(r"\s+", " ", _text(html))
     assert "architecture slim \u2013 \u2013 \u2013 \u2013" in text
-    assert "cuts \u2013 \u2013 cubic" in text
+    assert "cuts \u2013 \u2013 3, cubic" in text
     assert "factors of convolutions spatial \u2013" in text
     assert "zeros \u2013" not in text, "what no point has isn't listed"
 
