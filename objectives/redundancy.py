@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paretune.objectives.compress import Context
-from paretune.objectives.compress.factors import CONVS
 from paretune.objectives.compress.importance import means_rectified
+from paretune.objectives.compress.layers import CONVS
 from paretune.objectives.compress.lowrank import share_keeping
 from paretune.spaces.plan import Method
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline, make_baseline, profile
-from paretune.objectives.compress.quantization import why_float
+from paretune.objectives.compress.layers import why_special
+from paretune.objectives.compress.quantization import QUANTIZABLE
 from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.problem import Problem
@@ -176,7 +177,7 @@ def layer_widths(job: Job, problem: Problem, analysis: Analysis, float_bits: int
     widths = {}
     for name, probed in analysis.widths.items():
         offered = {width for width in probed if allowed is None or width in allowed}
-        if 8 in probed or (alone and why_float(model, name) is None):
+        if 8 in probed or (alone and why_special(model, name, QUANTIZABLE) is None):
             offered |= {width for width in allowed or ({8} if alone else ()) if width <= 8}
         chosen = tuple(sorted(offered, reverse=True))
         widths[name] = (float_bits,) if name in fixed or not chosen else chosen

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paretune.errors import JobError, TrialError
+from paretune.objectives.compress.layers import has_own_weight
 from paretune.objectives.compress.lowrank import factorizable, largest_share
 from paretune.objectives.compress.sparsity import can_sparsify
 from paretune.objectives.evaluate import Evaluator
@@ -90,7 +91,12 @@ def whole_space(job: Job, problem: Problem, analysis: Analysis, space: SearchSpa
         if job.space.sparsify
         and all(can_sparsify(model.get_submodule(name), pattern) for pattern in space.options.patterns)
     ]
-    return replace(space, ranks=ranks, sparse=tuple(sparse), shared=tuple(layers) if job.space.share else ())
+    return replace(
+        space,
+        ranks=ranks,
+        sparse=tuple(sparse),
+        shared=tuple(name for name in layers if job.space.share and has_own_weight(model.get_submodule(name))),
+    )
 
 
 def try_techniques(

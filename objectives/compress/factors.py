@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from paretune.objectives.compress.layers import CONVS
 from paretune.spaces.plan import Method
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _STEP = 8
 """From twice this rank on, ranks are multiples of it: they become channels, which come in steps."""

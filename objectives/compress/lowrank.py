@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import TrialError
-from paretune.objectives.compress.batchnorm import replace_module
-from paretune.objectives.compress.factors import CONVS, way_of
+from paretune.objectives.compress.factors import way_of
+from paretune.objectives.compress.layers import replace_module, why_special
 from paretune.spaces.graph import Forward, execution_order
 from paretune.spaces.plan import Factorization, Method
 
@@ -146,33 +146,11 @@ def why_whole(model: nn.Module, name: str) -> str | None:
 
     Whether something else than a call of the layer reads its weight is for `factorizable` to find.
     """
-    layer = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if layer is None:
-        return "it isn't a module of the model"
-    if reason := _why_unknown(layer):
+    if reason := why_special(model, name):
         return reason
-    parts = name.split(".")[:-1]
-    for end in range(len(parts) + 1):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.MultiheadAttention):
-            return "it is inside nn.MultiheadAttention, which reads its weight itself"
-    for other_name, other in model.named_modules():
-        if other is not layer and any(parameter is layer.weight for parameter in other.parameters(recurse=False)):
-            return f"it shares its weight with {other_name}"
-    return None
-
-
-def _why_unknown(layer: Any) -> str | None:
-    kind = next((kind for kind in (nn.Linear, *CONVS) if isinstance(layer, kind)), None)
-    if kind is None:
-        return f"it is a {type(layer).__name__}, neither a linear layer nor a convolution"
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(layer), method, None) is not getattr(kind, method, None):
-            return f"it is a {type(layer).__name__}, which computes in a way of its own"
+    layer: Any = model.get_submodule(name)
     if getattr(layer, "groups", 1) > 1:
         return f"it is a grouped convolution (groups={layer.groups}), whose weight is small already"
-    # Weight norm and the like: the weight is computed anew from other parameters.
-    if layer._parameters.keys() != {"weight", "bias"}:
-        return "it has a weight that is computed from other parameters"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks, which its factors wouldn't run"
     return None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paretune.errors import TrialError
-from paretune.objectives.compress.batchnorm import replace_module
+from paretune.objectives.compress.layers import replace_module, why_special
 from paretune.objectives.compress.lowrank import layers_of
 from paretune.objectives.compress.observers import Histogram, Levels, find_range
 from paretune.objectives.compress.readers import trace_readers
@@ -308,7 +308,7 @@ def insert_quantizers(model: nn.Module, config: Quantization, schemes: Schemes, 
     """
     bits = {part: width for name, width in config.bits.items() if width <= _INTEGER for part in layers_of(model, name)}
     for name in bits:
-        if reason := why_float(model, name):
+        if reason := why_special(model, name, QUANTIZABLE):
             raise TrialError(f"{name} must not be quantized: {reason}; give it a float width, or exclude it")
     chosen = {name: _scheme(model.get_submodule(name), width, config, schemes) for name, width in bits.items()}
     ceilings: dict[str, float] = {}
@@ -340,24 +340,6 @@ def _scheme(layer: nn.Module, width: int, config: Quantization, schemes: Schemes
             "(target.options: eight: int8)"
         )
     return replace(own, affine=config.affine, per_tensor=config.granularity == "per-tensor")
-
-
-def why_float(model: nn.Module, name: str) -> str | None:
-    """The reason why a layer can't be quantized, not even its weight alone; None where it can."""
-    layer = model.get_submodule(name)
-    kind = next((kind for kind in QUANTIZABLE if isinstance(layer, kind)), None)
-    if kind is None:
-        return f"it is a {type(layer).__name__}, neither a convolution nor a linear layer"
-    if any(getattr(type(layer), step, None) is not getattr(kind, step, None) for step in ("forward", "_conv_forward")):
-        return f"it is a {type(layer).__name__}, which computes in a way of its own"
-    if "weight" not in layer._parameters:
-        return "it has a weight that is computed from other parameters"
-    for other_name, other in model.named_modules():
-        if other is not layer and any(parameter is layer.weight for parameter in other.parameters(recurse=False)):
-            return f"it shares its weight with {other_name}"
-        if isinstance(other, nn.MultiheadAttention) and layer in other.children():
-            return "it is inside nn.MultiheadAttention, which reads its weight itself"
-    return None
 
 
 def _ceiling(operation: Any) -> float | None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from paretune.errors import TrialError
+from paretune.objectives.compress.layers import has_own_weight
 from paretune.objectives.compress.ties import weights_of
-from paretune.spaces.graph import PRUNABLE, execution_order
+from paretune.spaces.graph import execution_order
 from paretune.spaces.plan import CompressionPlan, Sparsification
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _LEAST_KEPT = 0.01
 
 
 def can_sparsify(layer: nn.Module, pattern: str = "unstructured") -> bool:
-    """Whether a layer that forward calls can be sparse: all convolutions and linear layers can.
+    """Whether a layer that forward calls can be sparse: all convolutions and linear layers with a weight of their own.
 
     Args:
         layer: Of the model. Layers inside attention or recurrent modules of PyTorch aren't called by themselves, so
@@ -34,7 +35,7 @@ def can_sparsify(layer: nn.Module, pattern: str = "unstructured") -> bool:
         pattern: ``N:M`` also takes M inputs for each output, which depthwise convolutions don't have.
     """
     blocks = Sparsification(pattern=pattern).blocks
-    return isinstance(layer, PRUNABLE) and (blocks is None or _inputs(layer) >= blocks[1])
+    return has_own_weight(layer) and (blocks is None or _inputs(layer) >= blocks[1])
 
 
 def sparsify(model: nn.Module, config: Sparsification, _context: Context, fraction: float = 1.0) -> nn.Module:
@@ -85,7 +86,7 @@ def resolve_sparsity(model: nn.Module, plan: CompressionPlan, context: Context) 
         return config
     weights: dict[str, Tensor] = {}
     for name in execution_order(model.eval(), context.forward):
-        if context.excludes(name):
+        if context.excludes(name) or not has_own_weight(model.get_submodule(name)):
             continue
         [weight] = weights_of(model, name)
         if not any(weight is known for known in weights.values()):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paretune.errors import JobError, TrialError
-from paretune.objectives.compress.batchnorm import replace_module
+from paretune.objectives.compress.layers import replace_module
 from paretune.objectives.compress.quantization import QuantizedLayer, block_size
 from paretune.objectives.data.inputs import Inputs, attention_in_parts, map_tensors, tensors
 from paretune.objectives.runtimes.onnx_export import input_names

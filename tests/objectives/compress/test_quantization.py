@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from paretune.errors import TrialError
 from paretune.objectives.compress import Context
 from paretune.objectives.compress.batchnorm import fold_batchnorm
+from paretune.objectives.compress.layers import why_special
 from paretune.objectives.compress.lowrank import Factorized
 from paretune.objectives.compress.quantization import (
     QuantizedLayer,
@@ -22,7 +23,6 @@ from paretune.objectives.compress.quantization import (
     insert_quantizers,
     quantize,
     quantize_rows,
-    why_float,
 )
 from paretune.objectives.compress.schemes import STATIC, Scheme, merge
 from paretune.objectives.data import Splits
@@ -358,7 +358,7 @@ class Standardized(nn.Conv2d):
 def test_layers_that_cant_be_quantized(model: nn.Module, name: str, reason: str) -> None:
     with pytest.raises(TrialError, match=f"{name} must not be quantized: .*{reason}"):
         insert_quantizers(model, Quantization(bits={name: 8}), STATIC, on(nets.image()))
-    assert why_float(nn.Sequential(nn.Linear(3, 4)), "0") is None
+    assert why_special(nn.Sequential(nn.Linear(3, 4)), "0") is None
 
 
 def test_schemes_of_two_runtimes() -> None:
