@@ -28,6 +28,7 @@ from paretune.objectives.compress import compress_numerics, compress_structure
 from paretune.objectives.compress.schemes import Scheme, Schemes
 from paretune.objectives.environment import environment
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.packing import PACKED, unpack
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, Runtime, Session, Target, get_runtime
 from paretune.objectives.runtimes.base import Array
@@ -207,9 +208,16 @@ def load_probe(folder: Path) -> tuple[dict[str, Array], Array]:
 
 
 def load_session(folder: Path, name: str = "") -> Session:
-    """Load the deployed model for the target of that name in the card, as it was loaded to be measured."""
+    """Load the deployed model for the target of that name in the card, as it was loaded to be measured.
+
+    Where only its packed form was shipped, it is restored beside that first.
+    """
     deployed = Card.read(folder).deployed[name]
-    return deployed.runtime().load(folder / deployed.model, deployed.options())
+    path = folder / deployed.model
+    packed = path.with_name(path.name + PACKED)
+    if packed.is_file() and not path.is_file():
+        unpack(packed, path)
+    return deployed.runtime().load(path, deployed.options())
 
 
 def verify_files(folder: Path) -> None:

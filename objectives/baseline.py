@@ -95,6 +95,7 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
             try:
                 if not (work / site.model).is_file():
                     site.runtime.deploy(module, problem.example, work / site.model)
+                    site.pack(work)  # a model that came with zeros must not have them counted as a gain
                 _compare(problem, dense, site, work)
                 scores = {bits: _score(problem, site, work, bits) for bits in floats}
             except JobError:

@@ -27,7 +27,6 @@ from paretune.objectives.distillation import Ensemble, Hints, Teacher
 from paretune.objectives.finetune import Training, TrainingReport
 from paretune.objectives.latency import Latency, Protocol, measure_paired
 from paretune.objectives.measurement import Deployment, Measurement, OnTarget, Record
-from paretune.objectives.packing import pack
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import Session
 from paretune.objectives.scoring import artifact_outputs
@@ -277,8 +276,8 @@ class Evaluator:
         with trial.watch.phase("deploy"):
             for site in {site.model: site for site in self._problem.sites.values()}.values():
                 site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
-                if trial.plan.is_packable:
-                    pack(trial.folder / site.model, trial.folder / site.packed)
+                if trial.plan.is_packable or (self._baseline.folder / site.packed).is_file():
+                    site.pack(trial.folder)
             for name, site in self._problem.sites.items():
                 float_bits = trial.float_bits[name]
                 with self._tuning(site):

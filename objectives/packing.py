@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 
 from paretune.errors import ParetuneError
 
+PACKED = ".packed"
+"""Added to the name of a model file for its packed form."""
+
 MAX_EXPANSION = 1000
 """No packed file is restored to more than so many times its length; `pack` fills it up with zeros where it would be."""
 

@@ -15,8 +15,12 @@ from paretune.objectives.clocks import Call, Clock, clock_for
 from paretune.objectives.compress.lowrank import layers_of
 from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.device import is_cuda
+from paretune.objectives.packing import PACKED, pack
 from paretune.objectives.runtimes import Capabilities, LayerReport, LoadOptions, Runtime, Session, Target, get_runtime
 from paretune.objectives.usage import measure_usage
+
+_WORTH = 0.98
+"""Share of the model file's bytes that a packed one may have; some arrays of any model, as fresh biases, are zeros."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,18 @@ class Site:
     @property
     def packed(self) -> str:
         """Name of the model file in packed form, where an artifact has one."""
-        return f"{self.model}.packed"
+        return self.model + PACKED
+
+    def pack(self, folder: Path) -> None:
+        """Put the model file of an artifact beside it in packed form, if that is worth a second file."""
+        pack(folder / self.model, folder / self.packed)
+        if (folder / self.packed).stat().st_size > _WORTH * (folder / self.model).stat().st_size:
+            (folder / self.packed).unlink()
 
     def size(self, folder: Path) -> int:
         """Bytes of this target's model file of an artifact, as it is stored: packed, where that is smaller."""
-        sizes = [path.stat().st_size for path in (folder / self.model, folder / self.packed) if path.is_file()]
-        return min(sizes)
+        packed = folder / self.packed
+        return (packed if packed.is_file() else folder / self.model).stat().st_size
 
     def options(self, float_bits: int, *, purpose: Literal["measure", "score", "profile"] = "measure") -> LoadOptions:
         """How to load a model file here."""

@@ -40,7 +40,7 @@ def why_special(model: nn.Module, name: str, kinds: Kinds = (nn.Linear, *CONVS))
 
 
 def has_own_weight(layer: nn.Module) -> bool:
-    """Whether a layer has a weight that is a parameter, and not computed anew from others (weight norm and the like)."""
+    """Whether a layer's weight is a parameter, not computed anew from others (weight norm and the like)."""
     return isinstance(layer, PRUNABLE) and layer._parameters.get("weight") is not None
 
 

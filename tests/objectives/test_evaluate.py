@@ -601,3 +601,13 @@ def test_a_variant_learns_from_the_model(with_variant: Problem) -> None:
     assert own is with_variant.of("slim"), "what is found out of it is found out once"
     assert own.teachers == (with_variant.model,)
     assert own.channels == {"first": 16, "second": 16, "head": 10}
+
+
+def test_an_artifact_can_be_shipped_packed(evaluator: Evaluator, problem: Problem, tmp_path: Path) -> None:
+    plan = CompressionPlan(sparsify=Sparsification(sparsity={"conv2": 0.9, "fc1": 0.9}))
+    record = evaluator.evaluate(plan, tmp_path / "trial", seed=0)
+    model, packed = tmp_path / "trial" / MODEL, tmp_path / "trial" / f"{MODEL}.packed"
+    assert record.measurement.main.size_bytes == packed.stat().st_size < model.stat().st_size / 2
+    model.unlink()
+    assert probe_difference(tmp_path / "trial") == 0.0
+    assert model.is_file()
