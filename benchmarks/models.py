@@ -14,7 +14,6 @@ paretune: install them first.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import subprocess
@@ -37,6 +36,7 @@ from paretune.objectives.models import ModelSource
 from paretune.objectives.runtimes import LoadOptions, get_runtime
 from paretune.objectives.tasks import Classification
 from paretune.spaces.analysis import Analysis, analyse, count_macs
+from paretune.spaces.copies import copy_of
 from paretune.spaces.graph import PRUNABLE, Group, prune
 from paretune.spaces.grid import channel_grid, ratio_of
 from paretune.spaces.plan import CompressionPlan, Pruning
@@ -99,6 +99,9 @@ _REASONS = (
     ("isn't reached", "not reached"),
     ("pruned together", "clashes with another group"),
     ("can't be cut", "passes a module that can't be cut"),
+    ("can't be matched", "channels that can't be matched"),
+    ("go together with others", "gated or split"),
+    ("its heads, which", "heads"),
 )
 """What a reason of the analysis says, and how the table says it."""
 
@@ -214,14 +217,14 @@ def examine(model: Model) -> dict[str, Any]:
     cut: list[nn.Module] = []
 
     def cut_to_half() -> str:
-        pruned = compress_structure(copy.deepcopy(dense), plan, context)
+        pruned = compress_structure(copy_of(dense), plan, context)
         row["after"] = sum(parameter.numel() for parameter in pruned.parameters()), count_macs(pruned, forward)[0]
         assert forward(pruned).shape == forward(dense).shape, "the output has another shape"
         cut.append(pruned)
         return widths_as_planned(dense, pruned, analysis, kept)
 
     row["half"] = attempt(cut_to_half)
-    row["backward"] = attempt(lambda: backward(copy.deepcopy(cut[0]), images)) if cut else "-"
+    row["backward"] = attempt(lambda: backward(copy_of(cut[0]), images)) if cut else "-"
     row["dead"] = attempt(lambda: dead_channels(dense, analysis, kept, forward))
     row["artifact"] = attempt(lambda: artifact(cut[0], context, images[:3])) if cut else "-"
     return row
@@ -320,7 +323,7 @@ def dead_channels(
     the last channels are removed. Not tried are groups that go in units, and, where norms take the mean over channels
     (which zeros change, too), groups of more than one layer.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     over_channels = any("LayerNorm" in type(m).__name__ or isinstance(m, nn.GroupNorm) for m in model.modules())
     tried = [
         group
@@ -355,7 +358,7 @@ def _differing(
     """Names of the groups without whose dead channels the model computes something else."""
     if not groups:
         return []
-    cut = copy.deepcopy(model)
+    cut = copy_of(model)
     prune(cut, forward, {group.name: kept[group.name] for group in groups})
     expected, found = forward(model), forward(cut)
     if torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):

@@ -40,9 +40,9 @@ def train(
     report: TrainingReport | None = None
 
     def fit_part(module: nn.Module, part: range) -> TrainingReport:
-        size = report.micro_batch if report else None
         tied = ties(module, plan)
-        found = fit(module, training, plan.finetune, batches, part, total, micro_batch=size, ties=tied)
+        # Batch norm is folded at the border.
+        found = fit(module, training, plan.finetune, batches, part, total, before=report, floats=border, ties=tied)
         return report.then(found) if report else found
 
     for position, (fraction, part) in enumerate(cuts(plan.schedule, border)):

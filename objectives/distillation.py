@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from paretune.errors import JobError, TrialError
@@ -30,8 +32,9 @@ _POOLS: tuple[Callable[[Tensor, Any], Tensor], ...] = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
 )
-_MAPPERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Their channels are on axis 1."""
+_CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+"""Layers whose outputs show which axis has the channels: axis 1, and the last one."""
 
 
 class Ensemble(nn.Module):
@@ -56,7 +59,8 @@ class Ensemble(nn.Module):
 class Teacher:
     """Gives the teacher's outputs for training batches, computing those of unaugmented samples only once.
 
-    It computes, and keeps its outputs, on the device of the inputs; the model is moved there at the first call.
+    It computes, and keeps its outputs, on the device of the inputs; the model is moved there at the first call. What is
+    kept is computed in float32, as all trials read it; all else in the caller's mixed precision.
 
     Args:
         model: A model, or an `Ensemble`; is put in eval mode.
@@ -97,7 +101,8 @@ class Teacher:
         if device != self._device:
             self._model.to(device)
             self._device = device
-        return call(self._model, inputs).float()
+        with torch.autocast(device.type, enabled=False) if self._cached else nullcontext():
+            return call(self._model, inputs).float()
 
 
 class Hints:
@@ -116,7 +121,7 @@ class Hints:
         self.teacher = teacher.eval()
         self.layers = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
 
-    def attach(self, student: nn.Module, batch: Batch) -> AttachedHints:
+    def attach(self, student: nn.Module, batch: Batch, *, role: str = "the model") -> AttachedHints:
         """Start to follow a student's layers; close what comes back when its training is over.
 
         The student's parameters, buffers and modes stay as they are, and no random number is drawn.
@@ -124,41 +129,36 @@ class Hints:
         Args:
             student: On the device of the batch.
             batch: Shows the shapes of the features.
+            role: What messages call the student.
 
         Raises:
             JobError: A layer isn't there, doesn't run, or its features can't be compared.
         """
         self.teacher.to(batch.targets.device)
         with _evaluating(student), torch.no_grad():
-            read = _features(student, self.layers, batch.inputs, "model")
-        taught = self.taught(batch.inputs)
+            read = _features(student, self.layers, batch.inputs, role)
+        with _noting_sources(self.teacher, self.layers.values()) as outputs:
+            taught = self.taught(batch.inputs)
         regressors = {}
         for name, source in self.layers.items():
-            _check_features(f"{name} of the model", read[name], batch)
+            _check_features(f"{name} of {role}", read[name], batch)
             _check_features(f"{source} of the teacher", taught[source], batch)
             if read[name].ndim != taught[source].ndim:
                 got = f"{name} with {tuple(read[name].shape)} for {source} with {tuple(taught[source].shape)}"
                 raise _refusal("must pair features with as many axes", got, "pair other layers")
-            channels = (features.shape[-1] for features in self.pair(name, read[name], taught))
-            regressors[name] = _Regressor(*channels, device=batch.targets.device)
+            axis = _channel_axis(read[name], taught[source], outputs.get(source))
+            if axis is None:
+                got = f"{source} of the teacher with {tuple(taught[source].shape)}"
+                remedy = "name a convolution, normalization or linear layer within it or before it"
+                raise _refusal("must name layers whose channels can be told from positions", got, remedy)
+            channels = read[name].shape[axis], taught[source].shape[axis]
+            regressors[name] = _Regressor(*channels, axis, device=batch.targets.device)
         return AttachedHints(self, student, regressors)
 
     @torch.no_grad()
     def taught(self, inputs: Inputs) -> dict[str, Tensor]:
         """The teacher's features, by its layers' names."""
-        return _features(self.teacher, self.layers.values(), inputs, "teacher")
-
-    def pair(self, name: str, read: Tensor, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A student's layer's features and the teacher's, (positions..., channels) in float32, positions alike."""
-        source = self.layers[name]
-        wanted = taught[source]
-        axis = -1 if _channels_last(self.teacher.get_submodule(source), wanted.ndim) else 1
-        read, wanted = read.movedim(axis, 1).float(), wanted.movedim(axis, 1).float()
-        if read.shape[2:] != wanted.shape[2:]:
-            pool = _POOLS[read.ndim - 3]
-            sides = [min(lengths) for lengths in zip(read.shape[2:], wanted.shape[2:], strict=True)]
-            read, wanted = pool(read, sides), pool(wanted, sides)
-        return read.movedim(1, -1), wanted.movedim(1, -1)
+        return _features(self.teacher, self.layers.values(), inputs, "the teacher")
 
 
 class _Regressor(nn.Module):
@@ -170,16 +170,19 @@ class _Regressor(nn.Module):
     Args:
         read: Channels of the student.
         wanted: Channels of the teacher.
+        axis: Of the channels, in the features of both.
         device: Of both.
     """
 
-    def __init__(self, read: int, wanted: int, *, device: torch.device) -> None:
+    def __init__(self, read: int, wanted: int, axis: int, *, device: torch.device) -> None:
         super().__init__()
+        self._axis = axis
         self.linear = nn.Linear(read, wanted, device="meta").to_empty(device=device)  # draws no random number
         self._moments: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, read: Tensor, wanted: Tensor) -> Tensor:
-        """Mean squared error in units of the variance of the first `wanted`; both are (positions..., channels)."""
+        """Mean squared error of a student's features from a teacher's, in units of the variance of the first ones."""
+        read, wanted = _paired(read, wanted, self._axis)
         # Standardised, as steps of an optimizer such as AdamW have one size, whatever that of the features.
         if self._moments is None:
             self._moments = _moments(read.detach()), _moments(wanted)
@@ -215,7 +218,8 @@ class AttachedHints:
         """How far the student's features are from the teacher's, the mean over layers; a scalar with gradient.
 
         Mean squared errors are divided by the variance of the teacher's features in the first part that was seen: 1 is
-        a student whose features say nothing, and deep layers count as much as early ones.
+        a student whose features say nothing, and deep layers count as much as early ones. The teacher runs in the
+        caller's mixed precision; all else is float32.
 
         Args:
             part: What the student has just been run on.
@@ -226,11 +230,12 @@ class AttachedHints:
         for name in self._regressors.keys() - self._read:
             raise TrialError(f"layers with hints must run in every training step, but {name} didn't; name other layers")
         taught = self._hints.taught(part.inputs)
-        losses = [
-            regressor(*self._hints.pair(name, self._read.pop(name), taught))
-            for name, regressor in self._regressors.items()
-        ]
-        return torch.stack(losses).mean()
+        with torch.autocast(part.targets.device.type, enabled=False):
+            losses = [
+                regressor(self._read.pop(name), taught[self._hints.layers[name]])
+                for name, regressor in self._regressors.items()
+            ]
+            return torch.stack(losses).mean()
 
     def close(self) -> None:
         """Take the hooks off the student."""
@@ -245,6 +250,8 @@ def check_teaching(
     splits: Splits,
     task: Task,
     hints: Sequence[str] | Mapping[str, str],
+    *,
+    role: str = "the model",
 ) -> None:
     """See before anything is spent that the teachers fit together, and to the model.
 
@@ -254,6 +261,7 @@ def check_teaching(
         splits: Two samples of `train` are tried.
         task: Compares the outputs.
         hints: Layers, see `Hints`.
+        role: What messages call the model, e.g. ``model.variants.slim``.
 
     Raises:
         JobError: Something of it doesn't fit.
@@ -269,11 +277,11 @@ def check_teaching(
             remedy = f"name teachers of the same task ({error})"
             raise JobError("teacher", "must give outputs that compare with the model's", got, remedy) from error
     if hints:
-        Hints(teachers[0], hints).attach(model, batch).close()
+        Hints(teachers[0], hints).attach(model, batch, role=role).close()
 
 
 def _note(
-    model: nn.Module, names: Iterable[str], into: dict[str, Tensor], role: str = "model"
+    model: nn.Module, names: Iterable[str], into: dict[str, Tensor], role: str = "the model"
 ) -> list[RemovableHandle]:
     """Hooks that put the layers' outputs into a dictionary; a layer that is called twice gives the last."""
     known = dict(model.named_modules(remove_duplicate=False))
@@ -287,7 +295,10 @@ def _note(
 
     for name in names:
         if name not in known:
-            raise _refusal(f"must name layers of the {role}", repr(name), closest(name, known))
+            remedy = closest(name, filter(None, known))  # the model itself has the name ""
+            if role.startswith("model.variants"):
+                remedy += " (name layers that all variants have)"
+            raise _refusal(f"must name layers of {role}", repr(name), remedy)
     return [known[name].register_forward_hook(hook(name)) for name in names]
 
 
@@ -303,7 +314,7 @@ def _features(model: nn.Module, names: Iterable[str], inputs: Inputs, role: str)
     for name in names:
         if name not in found:
             got = f"{name!r}, which isn't called"
-            raise _refusal(f"must name layers that the {role} runs", got, "name one that is called in forward")
+            raise _refusal(f"must name layers that {role} runs", got, "name one that is called in forward")
     return found
 
 
@@ -333,12 +344,69 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _channels_last(layer: nn.Module, ndim: int) -> bool:
-    """Whether the channels are on the last axis: of tokens, and of maps that linear layers work on."""
-    parts = list(layer.modules())
-    if any(isinstance(part, _MAPPERS) for part in parts):
-        return False
-    return ndim == 3 or any(isinstance(part, nn.Linear | nn.LayerNorm) for part in parts)
+class _Source(NamedTuple):
+    """The output of a layer that shows which axis has the channels."""
+
+    axis: int
+    shape: torch.Size
+
+
+@contextmanager
+def _noting_sources(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, _Source]]:
+    """Within the block, each run of the model notes what was the last such output when each of the layers was done."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    latest: list[_Source] = []
+    found: dict[str, _Source] = {}
+
+    def see(layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            latest[:] = [_Source(1 if isinstance(layer, _CHANNELS_FIRST) else output.ndim - 1, output.shape)]
+
+    def done(name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if latest:
+                found[name] = latest[0]
+
+        return note
+
+    layers = [layer for layer in model.modules() if isinstance(layer, _CHANNELS_FIRST + _CHANNELS_LAST)]
+    handles = [layer.register_forward_hook(see) for layer in layers]
+    handles += [known[name].register_forward_hook(done(name)) for name in names if name in known]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel_axis(read: Tensor, wanted: Tensor, source: _Source | None) -> int | None:
+    """The axis of the channels, 1 or the last one, in a student's features and a teacher's; None where it's not known.
+
+    Args:
+        read: The student's.
+        wanted: The teacher's, with as many axes.
+        source: Where the teacher's last came from. What comes after it may have moved its axes.
+    """
+    axes = {1, wanted.ndim - 1}
+    if source is not None:
+        fitting = {axis for axis in axes if wanted.shape[axis] == source.shape[source.axis]}
+        axes = fitting or axes
+    if len(axes) == 1:
+        return axes.pop()
+    different = [axis for axis in range(1, wanted.ndim) if read.shape[axis] != wanted.shape[axis]]
+    if len(different) == 1 and different[0] in axes:
+        return different[0]
+    return source.axis if source is not None and len(source.shape) == wanted.ndim else None
+
+
+def _paired(read: Tensor, wanted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """A student's features and a teacher's as (positions..., channels) in float32, with as many positions."""
+    read, wanted = read.movedim(axis, 1).float(), wanted.movedim(axis, 1).float()
+    if read.shape[2:] != wanted.shape[2:]:
+        pool = _POOLS[read.ndim - 3]
+        sides = [min(lengths) for lengths in zip(read.shape[2:], wanted.shape[2:], strict=True)]
+        read, wanted = pool(read, sides), pool(wanted, sides)
+    return read.movedim(1, -1), wanted.movedim(1, -1)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ def fit(
     schedule: range,
     total: int,
     *,
-    micro_batch: int | None = None,
+    before: TrainingReport | None = None,
+    floats: int | None = None,
     ties: Sequence[Callable[[], None]] = (),
 ) -> TrainingReport:
     """Train `model` in place for the steps of `schedule` out of `total`, and leave it in eval mode.
@@ -94,7 +95,8 @@ def fit(
         batches: `Training.batches`.
         schedule: Positions of the steps; at a plateau of the loss not all of them are run.
         total: Length of the whole schedule.
-        micro_batch: Samples that go through the model at a time, as the part before reported; None tries whole batches.
+        before: Of the part before, whose micro-batch and loss scale are carried on; None begins with whole batches.
+        floats: Steps of the whole schedule that are trained in floats, with batch norm; None is `total`.
         ties: Called in each step when the gradients are there, before they are clipped and the weights move. They may
             change gradients: weights that are zero or equal, and whose gradients are so in every step, stay so.
 
@@ -110,11 +112,11 @@ def fit(
     losses: dict[int, Tensor] = {}
     ahead = 1 if device.type == "cpu" else _STEPS_AHEAD
     with use_tf32(device, options.tf32), _prepared(model, device, channels_last), _forward(model, options) as forward:
-        size = micro_batch or options.batch_size
+        size = before.micro_batch if before else options.batch_size
         hinted, batches = _attach(model, training, config, batches, size if schedule else 0)
         with hinted as hints:
-            gradient = Gradient(forward, training, config, hints, size)
-            step = _Step(model, training, config, gradient, total, ties)
+            gradient = Gradient(forward, training, config, hints, size, before.loss_scale if before else None)
+            step = _Step(model, training, config, gradient, total, total if floats is None else floats, ties)
             for position in positions:
                 losses[position] = step(position, _laid_out(next(batches), channels_last))
                 if len(losses) == ahead or positions.ended:
@@ -131,6 +133,7 @@ def fit(
         resident=is_resident(training.splits.train, device),
         steps=positions.steps,
         ended="plateau" if positions.cut else "schedule",
+        loss_scale=gradient.scaler.get_scale() if gradient.scaler.is_enabled() else None,
     )
 
 
@@ -233,6 +236,7 @@ class _Step:
         config: Learning rate.
         gradient: Of a batch.
         total: Length of the whole schedule.
+        floats: Of them in floats, with batch norm.
         ties: Change the gradients.
     """
 
@@ -243,15 +247,17 @@ class _Step:
         config: Finetuning,
         gradient: Gradient,
         total: int,
+        floats: int,
         ties: Sequence[Callable[[], None]],
     ) -> None:
         options = training.options
         extra = gradient.hints.parameters() if gradient.hints is not None else ()
         self._parameters = [*model.parameters(), *extra]
-        self._optimizer = make_optimizer(self._parameters, options)
+        self._optimizer = make_optimizer(self._parameters, options, tied=bool(ties))
         self._average = Average(model, options.ema) if options.ema is not None else None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._freezes_at = total - round(options.freeze_batchnorm * total)
+        frozen = round(options.freeze_batchnorm * floats)
+        self._freezes_at = floats - frozen if frozen else total
         self._options = options
         self._peak = config.learning_rate
         self._gradient = gradient

@@ -19,6 +19,9 @@ from paretune.objectives.distillation import AttachedHints
 from paretune.objectives.training import Training
 from paretune.spaces.plan import Finetuning
 
+_LOSS_SCALE = 2.0**16
+"""PyTorch's default."""
+
 
 class Gradient:
     """Puts the gradient of a batch's loss into the model, in as many parts as the device's memory asks for.
@@ -33,6 +36,7 @@ class Gradient:
         config: Temperature, weights of distillation and hints.
         hints: Watch the model; None has none.
         size: Samples that go through the model at a time.
+        loss_scale: To begin with in float16, where too large a one skips steps; None is PyTorch's own.
 
     Attributes:
         dtype: Of autocast; float32 for none.
@@ -46,12 +50,14 @@ class Gradient:
         config: Finetuning,
         hints: AttachedHints | None,
         size: int,
+        loss_scale: float | None = None,
     ) -> None:
         device = training_device(training.options.device)
         self.size = size
         self.hints = hints
         self.dtype = float_format(training.options.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        enabled = self.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale or _LOSS_SCALE, enabled=enabled)
         self._forward = forward
         self._task = training.task.smoothed(training.options.label_smoothing)
         self._teacher = training.teacher
@@ -82,9 +88,7 @@ class Gradient:
         total: Tensor | None = None
         try:
             for part in parts(batch, self.size):
-                with torch.autocast(
-                    part.targets.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32
-                ):
+                with self._autocast(part):
                     outputs = call(self._forward, part.inputs)
                 loss = self._loss(outputs.float(), part) * (len(part.targets) / len(batch.targets))
                 torch.autograd.backward(self.scaler.scale(loss))
@@ -94,16 +98,23 @@ class Gradient:
             return None
         return total
 
+    def _autocast(self, batch: Batch) -> torch.autocast:
+        mixed = self.dtype is not torch.float32
+        return torch.autocast(batch.targets.device.type, dtype=self.dtype, enabled=mixed)
+
     def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         weight = self._config.distillation_weight if self._teacher is not None else 0.0
         loss = torch.zeros((), device=outputs.device)
         if weight < 1:
             loss = loss + (1 - weight) * self._loss_on_targets(outputs, batch)
         if weight > 0 and self._teacher is not None:
-            taught = self._teacher(batch.indices, batch.inputs)
+            with self._autocast(batch):
+                taught = self._teacher(batch.indices, batch.inputs)
             loss = loss + weight * self._task.distillation_loss(outputs, taught, self._config.temperature)
         if self.hints is not None:
-            loss = loss + self._config.hint_weight * self.hints.loss(batch)
+            with self._autocast(batch):
+                distance = self.hints.loss(batch)
+            loss = loss + self._config.hint_weight * distance
         return loss
 
     def _loss_on_targets(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pickle
 import re
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from paretune.errors import JobError
 from paretune.objectives.imports import call_factory, closest, import_string
+from paretune.spaces.copies import copy_of
 
 _ZOOS = ("timm", "torchvision")
 _SHOWN = 3
@@ -75,7 +75,7 @@ class ModelSource:
                     dict(self.args),
                     "remove them",
                 )
-            return copy.deepcopy(factory)
+            return copy_of(factory)
         if not callable(factory):
             got = f"{self.factory!r}, a {type(factory).__name__}"
             raise JobError("model.factory", "must be a function that returns a module", got, "name a function")

@@ -25,11 +25,20 @@ _PROGRESS = 1e-3
 """A running loss that falls by less, relative to the best one, stands still."""
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
-    """The job's optimizer for those of the parameters that are trained; `set_pace` gives it its learning rate."""
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], options: TrainOptions, *, tied: bool = False
+) -> torch.optim.Optimizer:
+    """The job's optimizer for those of the parameters that are trained; `set_pace` gives it its learning rate.
+
+    Args:
+        parameters: Of the model, and what is learnt along.
+        options: The job's choices.
+        tied: Whether weights with equal values and gradients must stay equal bit for bit.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # One kernel for all weights; it takes real floats alone. On a CPU it is five times as fast as a loop over them.
-    fused = True if all(parameter.is_floating_point() for parameter in trained) else None
+    # One kernel for all weights; it takes real floats alone. On a CPU it is five times as fast as a loop over them, but
+    # rounds the last elements of a tensor, those that don't fill a vector register, in another way than all others.
+    fused = True if not tied and all(parameter.is_floating_point() for parameter in trained) else None
     decay = options.weight_decay
     if options.optimizer == "sgd":
         return torch.optim.SGD(trained, momentum=_MOMENTUM, nesterov=True, weight_decay=decay, fused=fused)
@@ -82,7 +91,8 @@ class Positions:
     The running loss is the mean over `plateau` times `total` steps. Once it hasn't fallen below its best, by a
     thousandth of that, for as many steps again, as many of the positions left are chosen at equal distances, with the
     last one among them: the learning rate falls as far as it would have, only faster. Steps in which it rises don't
-    count, and a part with no more than that left isn't cut.
+    count, and a part with no more than that left isn't cut: one of up to three times `plateau` times `total` steps
+    never is. (A share of the part's own steps would judge a short one by a handful of losses, which is by their noise.)
 
     Args:
         schedule: The part's positions.

@@ -25,7 +25,7 @@ from paretune.objectives.runtimes.onnx_export import named_arrays
 from paretune.objectives.site import Site
 from paretune.objectives.tasks import Task
 from paretune.spaces.analysis import Analysis, analyse
-from paretune.spaces.graph import DependencyGraph
+from paretune.spaces.graph import DependencyGraph, Group
 from paretune.spaces.grid import channel_grid
 
 _CHECKED = 64
@@ -64,9 +64,18 @@ class Problem:
         return self.splits.validation.head(2).inputs
 
     @cached_property
+    def _groups(self) -> list[Group]:
+        return list(DependencyGraph(self.model.build(), self.forward).groups())
+
+    @cached_property
     def channels(self) -> dict[str, int]:
         """Channels of each group of the dense model."""
-        return {group.name: group.channels for group in DependencyGraph(self.model.build(), self.forward).groups()}
+        return {group.name: group.channels for group in self._groups}
+
+    @cached_property
+    def units(self) -> dict[str, int]:
+        """How many channels of each group of the dense model must go together."""
+        return {group.name: group.unit for group in self._groups}
 
     @cached_property
     def grids(self) -> dict[str, list[int]]:
@@ -94,7 +103,7 @@ class Problem:
 
     def context(self, batches: list[Batch]) -> Context:
         """What techniques may look at, with these batches."""
-        return Context(self.example, self.channels, self.task, batches, self.schemes)
+        return Context(self.example, self.channels, self.task, batches, self.schemes, units=self.units)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -150,7 +159,8 @@ class Problem:
         students = {"model": self.model} | {f"model.variants.{name}": found for name, found in self.variants.items()}
         for name, source in students.items():
             self._check_source(name, source)
-            check_teaching(source.build(), teachers, self.splits, self.task, self.training.hints)
+            role = "the model" if name == "model" else name
+            check_teaching(source.build(), teachers, self.splits, self.task, self.training.hints, role=role)
             check_training(source.build(), Training(self.splits, self.task, self.training))
 
     def _check_source(self, name: str, source: ModelSource) -> None:

@@ -6,7 +6,6 @@ once it is trained again, and it ranks layers: where nothing is lost, there is s
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from paretune.objectives.data.inputs import call
 from paretune.objectives.data.residency import to_device
 from paretune.objectives.data.splits import Batch
 from paretune.objectives.problem import Problem
+from paretune.spaces.copies import copy_of
 from paretune.spaces.plan import CompressionPlan
 
 _MOST_SAMPLES, _LEAST_SAMPLES = 512, 64
@@ -209,7 +209,7 @@ def _try(
     key = (probe.technique, probe.name, probe.setting, probe.value)
     try:
         torch.manual_seed(0)  # for the importance `random`
-        model = compress_structure(copy.deepcopy(dense), probe.plan, context)
+        model = compress_structure(copy_of(dense), probe.plan, context)
         score = _score(problem, compress_numerics(model, probe.plan, context), batches)
     except ParetuneError as error:
         return Entry(*key, reason=str(error))

@@ -28,15 +28,15 @@ class TrainOptions:
         schedule: Of the learning rate. ``cosine``: a linear warm-up, then a cosine to 0. ``one-cycle``: up to the peak
             and down to 0, with momentum the other way (Smith and Topin, 2018, arXiv:1708.07120).
         warmup: Share of the steps in which the learning rate rises; one-cycle has a rise of its own.
-        plateau: Share of the steps, in (0, 1): without progress over so many, the rest of the schedule is run through
-            in as many, see `paretune.objectives.optimization.Positions`. None never ends early.
+        plateau: Share of the steps of the whole training, in (0, 1): without progress over so many, the rest of a part
+            is run through in as many, see `paretune.objectives.optimization.Positions`. None never ends early.
         gradient_clip: Largest norm of the gradient; None for no limit.
         label_smoothing: Share of each label that goes to all classes alike, in [0, 1) (Szegedy et al., 2016,
             arXiv:1512.00567); classification alone.
         ema: Decay of the running average of weights and statistics that is left in the place of the last ones, in
             (0, 1) (Polyak and Juditsky, 1992). None leaves the last ones.
-        freeze_batchnorm: Share of the steps, the last ones, that normalize with the running statistics and leave these
-            as they are, in [0, 1] (Krishnamoorthi, 2018, arXiv:1806.08342).
+        freeze_batchnorm: Share of the steps in floats, the last ones, that normalize with the running statistics and
+            leave these as they are, in [0, 1] (Krishnamoorthi, 2018, arXiv:1806.08342).
         device: What trains: ``auto`` (the first GPU, or the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: Of autocast. ``auto`` is bfloat16 where the device has instructions for it; float16 needs a GPU.
         tf32: Whether a GPU may compute what stays float32 in TF32 (10 bits of mantissa).
@@ -134,6 +134,7 @@ class TrainingReport:
         resident: Whether the training split lay in the memory of the device.
         steps: Really run.
         ended: Whether the ``schedule`` was run in full, or a ``plateau`` of the loss cut it short.
+        loss_scale: What the loss was multiplied by in the end for float16; None in other formats.
     """
 
     device: str
@@ -144,6 +145,7 @@ class TrainingReport:
     resident: bool
     steps: int
     ended: Literal["schedule", "plateau"]
+    loss_scale: float | None = None
 
     def then(self, part: TrainingReport) -> TrainingReport:
         """The report of this training and the part that followed it, as one."""

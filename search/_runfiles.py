@@ -114,6 +114,14 @@ class RunFiles:
         path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
         return shlex.quote(str(path))
 
+    def executed(self, trial: object) -> dict[str, int]:
+        """Layer to the width in which it ran in a trial, on the main target; empty where that isn't recorded."""
+        path = self.path / "trials" / str(trial) / "record.json"
+        try:
+            return dict(json.loads(path.read_text())["deployments"][""]["executed"])
+        except (OSError, ValueError, KeyError, TypeError):  # a report is made of whatever there is
+            return {}
+
     def picks(self) -> dict[int, list[str]]:
         """Trial number to what it is picked for, chosen by validation: the test split must not choose."""
         points = self.front.get("points") or []

@@ -104,6 +104,13 @@ class Job(Section):
         """The folder of the job file; the working directory for a job made in Python."""
         return self._folder
 
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if value == []:
+            raise RuleError("must name at least one model", "[]", "write same for the dense model, or null for none")
+        return value
+
     @field_validator("results")
     @classmethod
     def _absolute(cls, value: str) -> str:
@@ -164,10 +171,15 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _hints_have_a_teacher(self) -> Job:
-        if self.finetune.hints and self.teacher is None:
+    def _hints_fit(self) -> Job:
+        hints, weight = self.finetune.hints, self.space.hint_weight
+        if hints and self.teacher is None:
             remedy = "name a teacher, e.g. teacher: same, or leave the hints out"
-            raise RuleError("must be empty without a teacher", short(self.finetune.hints), remedy, key="finetune.hints")
+            raise RuleError("must be empty without a teacher", short(hints), remedy, key="finetune.hints")
+        if bool(hints) != (weight[1] > 0):
+            rule = "must reach above 0 with finetune.hints" if hints else "must be 0 without finetune.hints"
+            remedy = "write e.g. [0, 1] to search it" if hints else "name layers in finetune.hints"
+            raise RuleError(rule, short(list(weight)), f"{remedy}, or leave both out", key="space.hint_weight")
         return self
 
     @model_validator(mode="after")

@@ -254,7 +254,7 @@ def _schedule(value: str) -> str:
     try:
         Schedule.parse(value)
     except ValueError as error:
-        rule = "must be one-shot, or linear:N, cubic:N or coarse-fine:N with N >= 2 cuts"
+        rule = "must be one-shot, or linear:N, cubic:N or coarse-fine:N with 2 to 100 cuts (N)"
         raise RuleError(rule, short(value), "write e.g. cubic:4") from error
     return value
 
@@ -271,6 +271,19 @@ def _pattern(value: str) -> str:
 def _auto_or_bool(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise RuleError("must be true, false or 'auto'", short(value), "use auto unless you have measured")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, str | int | float):
+        written = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise RuleError("must be a list of choices", short(value), f"write [{written}]")
+    return value
+
+
+def _as_patterns(value: Any) -> Any:
+    if value != "auto" and isinstance(value, str | int | float):
+        raise RuleError("must be 'auto' or a list of patterns", short(value), f"write [{value!r}]")
     return value
 
 
@@ -313,7 +326,7 @@ Bits = Annotated[
     BeforeValidator(_as_bits),
     AfterValidator(lambda v: v if v == "auto" else _unique(cast("list[int]", v))),
 ]
-Choices = Annotated[list[_T], Field(min_length=1), AfterValidator(_unique)]
+Choices = Annotated[list[_T], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 """A list of which the search chooses one entry; a single one fixes it."""
 
 Augmentations = Annotated[list[Literal["crop", "flip", "cutout", "mixup"]], AfterValidator(_unique)]
@@ -325,6 +338,7 @@ Patterns = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
     | Annotated[Choices[Annotated[str, AfterValidator(_pattern)]], Tag("<several>")],
     Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<several>"),
+    BeforeValidator(_as_patterns),
 ]
 Methods = Choices[Method]
 Observers = Choices[Observer]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +24,8 @@ from paretune.search.job import Job
 from paretune.search.problem import of_target
 from paretune.search.techniques import Tried, restrict, try_techniques, whole_space
 from paretune.spaces.analysis import EXCLUDED, Analysis
-from paretune.spaces.space import Options, SearchSpace, make_space
+from paretune.spaces.make import make_space
+from paretune.spaces.space import Options, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def profile_job(
         fresh: Measure them even where this machine remembers them.
         report: Takes a line for the user.
     """
+    _check_excluded(job, problem, analysis)
     analysis, found = _profile_target(job, problem, baseline, analysis, staircase=staircase, fresh=fresh, report=report)
     float_bits = baseline.float_bits[""]
     variants = {}
@@ -101,8 +105,35 @@ def profile_job(
             dense = make_baseline(own, analysed, Path(folder) / "baseline", float_bits=(float_bits,))
             variants[name] = replace(profile(own, dense, analysed), counts=analysis.counts)
     space = _whole_space(job, problem, analysis, variants, float_bits)
-    tried = try_techniques(job, Evaluator(problem, baseline), baseline.measurement, space, report)
+    schemes = _schemes(job)
+
+    def executes(layer: str, width: int, activations: str) -> bool:
+        alone = width in schemes and schemes[width].weights_alone
+        return width in analysis.widths.get(layer, ()) and (alone or activations == "quantized")
+
+    tried = try_techniques(job, Evaluator(problem, baseline), space, executes, report)
     return Profile(analysis, variants, tuple(tried), found)
+
+
+def _check_excluded(job: Job, problem: Problem, analysis: Analysis) -> None:
+    """See that every pattern matches a layer, of the model or of a variant: a misspelt one would exclude nothing."""
+    names = _names(analysis)
+    for position, pattern in enumerate(job.space.exclude):
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        names |= {name for variant in problem.variants for name in _names(problem.of(variant).analyse())}
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        below = any(name.startswith(f"{pattern}.") for name in names)
+        near = [f"{pattern}.*"] if below else difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+        remedy = f"did you mean {near[0]!r}?" if near else "leave it out"
+        raise JobError(f"space.exclude[{position}]", "must match a layer of the model", repr(pattern), remedy)
+
+
+def _names(analysis: Analysis) -> set[str]:
+    """Of everything that can be excluded."""
+    grouped = {name for group in analysis.groups for name in group.layers}
+    return grouped | {layer.name for layer in analysis.layers} | {entry.layer for entry in analysis.frozen}
 
 
 def make_job_space(job: Job, problem: Problem, profile: Profile, float_bits: int) -> SearchSpace:
@@ -112,9 +143,10 @@ def make_job_space(job: Job, problem: Problem, profile: Profile, float_bits: int
         JobError: Nothing is left to choose.
     """
     space = restrict(_whole_space(job, problem, profile.analysis, profile.variants, float_bits), profile.tried)
-    if not any(one.offered for one in profile.tried) and not space.variants:
+    if not space.compresses:
         got = "; ".join(f"{one.technique} ({one.setting}) {one.reason}" for one in profile.tried)
-        raise JobError("space", "must leave a technique that brings something", got, "set one of them to true")
+        remedy = "set one of them to true" if got else "exclude fewer layers (space.exclude), or switch more on"
+        raise JobError("space", "must leave something to compress", got or "no layer that can be", remedy)
     return space
 
 
@@ -125,7 +157,7 @@ def _whole_space(
     space = job.space
     teaches = job.teacher is not None
     options = Options(
-        prune=bool(space.prune),
+        prune=bool(space.prune) and any(found.groups for found in (analysis, *variants.values())),
         scope=space.scope,
         max_ratio=space.max_ratio,
         importance=tuple(space.importance),

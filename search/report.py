@@ -7,7 +7,7 @@ without the model, its data or its target.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -231,45 +231,82 @@ def _target_cells(costs: Metrics, target: str, scale: Scale) -> list[tuple[str, 
 def _layer_map(run: RunFiles) -> dict[str, Any]:
     """Bits and pruned ratio of every layer (rows) in every point of the front (columns)."""
     plans = [point.get("plan") or {} for point in run.points]
-    bits = [(plan.get("quantize") or {}).get("bits") or {} for plan in plans]
-    ratios = [(plan.get("prune") or {}).get("ratios") or {} for plan in plans]
-    layers = run.analysis.get("layers") or [{"name": name} for name in dict.fromkeys(n for b in bits for n in b)]
+    layers = [_layers(run, plan) for plan in plans]
+    executed = [run.executed(point["trial"]) for point in run.points]
     dense = str(run.baseline.get("format") or "float")
     rows = []
-    for layer in layers:
-        name, group = layer["name"], layer.get("group")
-        cells = []
-        for plan, widths, pruned in zip(plans, bits, ratios, strict=True):
-            ratio = float(pruned.get(group, 0.0)) if group else None
-            css = "fixed" if ratio is None else f"r{min(9, math.ceil(ratio * 10))}"
-            text = " ".join([str(widths.get(name, dense)), *_further(plan, name)])
-            cells.append({"text": text, "css": css, "ratio": ratio})
+    every: dict[str, Mapping[str, Any]] = {}  # the model's own come first, and say what a layer of that name is
+    for known in (_layers(run, {}), *layers):
+        every |= {name: layer for name, layer in known.items() if name not in every}
+    for name, layer in every.items():
+        cells = [_cell(*of, name, dense) for of in zip(plans, layers, executed, strict=True)]
         share = number(layer, "latency_share")
         about = {
             "kind": layer.get("kind", ""),
             "params": amount(number(layer, "params")),
-            "group": group or "",
+            "group": layer.get("group") or "",
         }
         rows.append({**about, "name": name, "share": UNKNOWN if share is None else f"{share:.1%}", "cells": cells})
-    settings = {
-        "learning rate": ("finetune", "learning_rate"),
-        "distillation temperature": ("finetune", "temperature"),
-        "distillation weight": ("finetune", "distillation_weight"),
-        "channel importance": ("prune", "importance"),
-        "factors of convolutions": ("factorize", "method"),
-        "zeros": ("sparsify", "pattern"),
-        "observer": ("quantize", "observer"),
-        "hint weight": ("finetune", "hint_weight"),
-    }
+    return {"rows": rows, "choices": _choices(plans), "dense": dense, "picks": run.picks()}
+
+
+def _layers(run: RunFiles, plan: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Layers of the architecture that a plan is for, by name; those it has bits for, if no more is known."""
+    analysis, variant = run.analysis, plan.get("variant")
+    if variant is not None:
+        analysis = (analysis.get("variants") or {}).get(variant) or {}
+    named = [{"name": name} for name in (plan.get("quantize") or {}).get("bits") or {}]
+    return {layer["name"]: layer for layer in analysis.get("layers") or named}
+
+
+def _cell(
+    plan: Mapping[str, Any], layers: Mapping[str, Any], executed: Mapping[str, int], name: str, dense: str
+) -> dict[str, Any]:
+    """What a plan does to a layer; nothing where the architecture that it is for doesn't have the layer."""
+    if name not in layers:
+        return {"text": UNKNOWN, "css": "fixed", "ratio": None}
+    group = layers[name].get("group")
+    ratios, bits = (plan.get("prune") or {}).get("ratios") or {}, (plan.get("quantize") or {}).get("bits") or {}
+    ratio = float(ratios.get(group, 0.0)) if group else None
+    text = str(bits.get(name, dense))
+    runs = executed.get(name, executed.get(f"{name}.0"))  # a factorized layer runs as its factors
+    if name in bits and runs not in (None, bits[name]):
+        text += f" (runs in {runs})"
+    css = "fixed" if ratio is None else f"r{min(9, math.ceil(ratio * 10))}"
+    return {"text": " ".join([text, *_further(plan, name)]), "css": css, "ratio": ratio}
+
+
+_SETTINGS = {
+    "learning rate": ("finetune", "learning_rate"),
+    "distillation temperature": ("finetune", "temperature"),
+    "distillation weight": ("finetune", "distillation_weight"),
+    "hint weight": ("finetune", "hint_weight"),
+    "channel importance": ("prune", "importance"),
+    "factors of convolutions": ("factorize", "method"),
+    "zeros": ("sparsify", "pattern"),
+    "observer": ("quantize", "observer"),
+    "trained through quantizers": ("quantize", "aware"),
+    "activations": ("quantize", "activations"),
+    "scales of weights": ("quantize", "granularity"),
+    "weights with a zero point": ("quantize", "affine"),
+}
+"""What holds for the whole model: its name to its place in a plan."""
+
+
+def _choices(plans: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """What plans choose for the whole model; left out where all say nothing of it."""
     choices = [
-        (name, [str((plan.get(part) or {}).get(key, UNKNOWN)) for plan in plans])
-        for name, (part, key) in settings.items()
+        (name, [_written((plan.get(part) or {}).get(key, UNKNOWN)) for plan in plans])
+        for name, (part, key) in _SETTINGS.items()
     ]
     schedules = [plan.get("schedule") or {} for plan in plans]
     choices.append(("cuts", [f"{s['steps']}, {s['shape']}" if "steps" in s else UNKNOWN for s in schedules]))
     choices.append(("architecture", [str(plan.get("variant") or UNKNOWN) for plan in plans]))
-    choices = [(name, values) for name, values in choices if set(values) != {UNKNOWN}]
-    return {"rows": rows, "choices": choices, "dense": dense, "picks": run.picks()}
+    return [(name, values) for name, values in choices if set(values) != {UNKNOWN}]
+
+
+def _written(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _further(plan: Mapping[str, Any], layer: str) -> list[str]:

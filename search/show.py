@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from paretune.search.front import knee
 
 if TYPE_CHECKING:
     from paretune.objectives.staircase import Staircase
     from paretune.search.check import Check
+    from paretune.spaces.space import SearchSpace
 
 
 def print_json(data: Any) -> None:
@@ -139,13 +141,18 @@ def print_check(check: Check) -> None:
 
 
 def _print_techniques(console: Console, check: Check) -> None:
-    names = list(dict.fromkeys(name for one in check.techniques for name in one.left))
-    table = Table(title="tried without training, all layers at once; what is left of the baseline's")
-    for column in ("technique", "setting", *names, "offered", "why"):
-        table.add_column(column, justify="right" if column in names else "left", overflow="fold")
+    """A row for each technique, its reason below it: beside numbers there is no room for it on 80 columns."""
+    table = Table(title="tried without training, all layers at once: what is left of latency and size")
+    known = dict.fromkeys(name for one in check.techniques for name in one.left)
+    names = [name for name in known if name.startswith("latency_ms")] + ["size_bytes"] * ("size_bytes" in known)
+    table.add_column("technique", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold", max_width=len("latency_ms"))
+    table.add_column("offered")
     for one in check.techniques:
         left = [f"{one.left[name]:.0%}" if name in one.left else "-" for name in names]
-        table.add_row(one.technique, one.setting, *left, "yes" if one.offered else "no", one.reason)
+        words = Text.assemble(f"{one.technique}: {one.setting}", (f"\n  {one.reason}", "dim"))
+        table.add_row(words, *left, "yes" if one.offered else "no")
     console.print(table)
 
 
@@ -159,16 +166,25 @@ def _print_costs(console: Console, check: Check) -> None:
     floats = [name for name, widths in check.space.widths.items() if len(widths) == 1]
     if floats:
         console.print(f"layers that stay in one width: {', '.join(floats)}")
-    names = list(check.space.distributions())
-    kinds = {kind: sum(name.startswith(f"{kind}/") for name in names) for kind in _PER_LAYER}
-    rest = [name for name in names if name.partition("/")[0] not in _PER_LAYER]
-    counted = [f"{count} {_PER_LAYER[kind]}" for kind, count in kinds.items() if count]
-    console.print(f"to choose: {', '.join([*counted, *rest]) or 'nothing'}")
+    console.print(f"to choose: {_choices(check.space)}")
     console.print(
         f"about {estimate.trial_seconds:.0f} s a trial and {estimate.seconds / 60:.0f} minutes for all at the dense "
         "model's pace (pruned ones train faster), and then the verification; "
         f"{estimate.trial_bytes / 1e6:.1f} MB a trial and {estimate.bytes / 1e6:.0f} MB in all"
     )
+
+
+def _choices(space: SearchSpace) -> str:
+    """What there is to choose: parameters of single layers counted, for each architecture, all others by name."""
+    names = list(space.distributions())
+    counts: dict[str, int] = {}
+    rest = names
+    for prefix, whose in (("", ""), *((f"{variant}/", f" of {variant}") for variant in space.variants)):
+        for kind, several in _PER_LAYER.items():
+            own = [name for name in names if name.startswith(f"{prefix}{kind}/")]
+            counts[several + whose] = len(own)
+            rest = [name for name in rest if name not in own]
+    return ", ".join([*(f"{count} {what}" for what, count in counts.items() if count), *rest]) or "nothing"
 
 
 def print_staircases(found: Mapping[str, Staircase]) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from paretune.spaces.graph import PRUNABLE, DependencyGraph, Forward, Group, execution_order, prune
+from paretune.spaces.copies import copy_of, forget
+from paretune.spaces.graph import PRUNABLE, CutError, DependencyGraph, Forward, Group, execution_order, is_grouped
 from paretune.spaces.grid import channel_grid
 from paretune.spaces.multihead import is_close
 
@@ -118,19 +117,22 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
         forward: Runs a model on a batch of at least two example inputs and returns its output tensor.
         exclude: Glob patterns of layer names that must stay dense.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_of(model).eval()
     order = execution_order(model, forward)
     groups, frozen = [], []
-    candidate = copy.deepcopy(model)  # finding its groups may rewrite its attentions
-    found, untraceable = _groups(candidate, forward)
-    frozen += [Frozen(name, untraceable) for name in order if untraceable]
-    for group in found:
-        if reason := _static_reason(candidate, group, exclude):
-            frozen += [Frozen(layer, reason) for layer in group.layers]
-        else:
-            groups.append(group)
-    survivors, broken = _trial_prune(candidate, forward, groups)
-    frozen += [Frozen(layer, reason) for group, reason in broken for layer in group.layers]
+    survivors: list[Group] = []
+    try:
+        graph = DependencyGraph(copy_of(model), forward)  # finding its groups may rewrite its attentions
+    except Exception as error:
+        frozen += [Frozen(name, f"the dependency graph can't be built: {_culprit(error)}") for name in order]
+    else:
+        for group in graph.groups():
+            if reason := _static_reason(graph.model, group, exclude):
+                frozen += [Frozen(layer, reason) for layer in group.layers]
+            else:
+                groups.append(group)
+        survivors, broken = _trial_prune(graph, forward, groups)
+        frozen += [Frozen(layer, reason) for group, reason in broken for layer in group.layers]
     seen = {layer for group in survivors for layer in group.layers} | {entry.layer for entry in frozen}
     frozen += [Frozen(name, "it isn't reached by the dependency graph") for name in order if name not in seen]
     frozen.sort(key=lambda entry: order.get(entry.layer, len(order)))
@@ -139,20 +141,12 @@ def analyse(model: nn.Module, forward: Forward, *, exclude: Sequence[str] = ()) 
     return Analysis(tuple(survivors), tuple(frozen), layers, params, macs)
 
 
-def _groups(model: nn.Module, forward: Forward) -> tuple[list[Group], str]:
-    """The groups that the dependency graph sees; where it fails on the model, none and the reason."""
-    try:
-        return list(DependencyGraph(model, forward).groups()), ""
-    except Exception as error:
-        return [], f"the dependency graph can't be built: {_culprit(error)}"
-
-
 def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> str | None:
     for name in group.layers:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             return EXCLUDED
     if group.uncut:
-        return _why_uncut(model, group.uncut[0])
+        return _why_uncut(model, group)
     if not group.consumers:
         return "it is the output layer"
     if len(channel_grid(group.channels, unit=group.unit)) < 2:
@@ -160,19 +154,23 @@ def _static_reason(model: nn.Module, group: Group, exclude: Sequence[str]) -> st
     return None
 
 
-def _why_uncut(model: nn.Module, name: str) -> str:
+def _why_uncut(model: nn.Module, group: Group) -> str:
+    name = group.uncut[0]
     module: Any = model.get_submodule(name)
     if isinstance(module, nn.GroupNorm):
         return f"{name} normalises in groups (num_groups={module.num_groups}) that don't line up with its channels"
-    if getattr(module, "groups", 1) > 1:
+    if is_grouped(module):
         return f"{name} is a grouped convolution (groups={module.groups}) that can't lose whole groups"
+    if name in group.layers:
+        other = next((layer for layer in group.layers if layer != name), name)
+        return f"channels of {name} and {other} can't be matched (split, joined or transposed in between)"
     if isinstance(module, PRUNABLE):
         return f"its heads, which {name} reads, can't be removed: without some, the others compute something else"
     return f"its channels pass {name}, whose kind ({type(module).__name__}) can't be cut"
 
 
 def _trial_prune(
-    model: nn.Module, forward: Forward, groups: Sequence[Group]
+    graph: DependencyGraph, forward: Forward, groups: Sequence[Group]
 ) -> tuple[list[Group], list[tuple[Group, str]]]:
     """Split the groups into those that survive pruning and those that break the model, with the reason.
 
@@ -180,16 +178,16 @@ def _trial_prune(
     """
     if not groups:
         return [], []
-    reason = why_broken(model, forward, _smallest(groups))
+    reason = _why_broken(graph, forward, _smallest(groups))
     if reason is None:
         return list(groups), []
     if len(groups) == 1:
         return [], [(groups[0], reason)]
     middle = len(groups) // 2
-    left, left_broken = _trial_prune(model, forward, groups[:middle])
-    right, right_broken = _trial_prune(model, forward, groups[middle:])
+    left, left_broken = _trial_prune(graph, forward, groups[:middle])
+    right, right_broken = _trial_prune(graph, forward, groups[middle:])
     if left_broken or right_broken:
-        survivors, clashing = _trial_prune(model, forward, left + right)
+        survivors, clashing = _trial_prune(graph, forward, left + right)
         return survivors, left_broken + right_broken + clashing
     # Both halves work and the whole doesn't: keep the half that comes first, name the clash for the other.
     return left, [(group, f"it can't be pruned together with {groups[0].name}: {reason}") for group in right]
@@ -204,60 +202,76 @@ def why_broken(model: nn.Module, forward: Forward, kept: dict[str, int]) -> str 
 
     The model is copied. The reason names the line of the user's code that stopped it.
     """
-    candidate = copy.deepcopy(model)
+    return _why_broken(DependencyGraph(copy_of(model), forward), forward, kept)
+
+
+def _why_broken(graph: DependencyGraph, forward: Forward, kept: dict[str, int]) -> str | None:
+    model = graph.model
+    with torch.no_grad():
+        before = forward(model)
     try:
-        shape = forward(candidate).shape
-        prune(candidate, forward, kept)
-        output = forward(candidate.train())
-        if output.shape != shape:
-            return f"the output's shape would change from {tuple(shape)} to {tuple(output.shape)}"
-        output.float().sum().backward()
+        with graph.undone():
+            graph.cut(kept, _scattered)
+            output = forward(model.train())
+            if output.shape != before.shape:
+                return f"the output's shape would change from {tuple(before.shape)} to {tuple(output.shape)}"
+            output.float().sum().backward()
+    except CutError as error:
+        return str(error)
     except Exception as error:
         return f"pruning it breaks {_culprit(error)}"
-    probe = copy.deepcopy(model)
-    graph = DependencyGraph(probe, forward)
-    tried = [group for group in graph.groups() if group.name in kept]
-    if not treats_alike(probe, forward, graph, [group for group in tried if graph.can_permute(group)]):
-        return "the model doesn't treat its channels alike (shuffled, split into heads, normalised in groups)"
+    tried = [group for group in graph.groups() if kept.get(group.name, group.channels) < group.channels]
+    with graph.undone():
+        if not treats_alike(graph, forward, [group for group in tried if graph.can_permute(group)], before):
+            return "the model doesn't treat its channels alike (shuffled, split into heads, normalised in groups)"
     others = {group.name: kept[group.name] for group in tried if not graph.can_permute(group)}
-    if others and not cuts_exactly(model, forward, others):
+    if others and not cuts_exactly(graph, forward, others):
         return "without some of its channels the model computes something else than with those silenced"
     return None
 
 
-def treats_alike(model: nn.Module, forward: Forward, graph: DependencyGraph, groups: Iterable[Group]) -> bool:
-    """Whether the model computes the same when the channels of these groups of its graph change places.
+def treats_alike(graph: DependencyGraph, forward: Forward, groups: Iterable[Group], before: Tensor) -> bool:
+    """Whether the model computes `before` also when the channels of these groups of its graph change places.
 
     Where it doesn't, an operation between the layers depends on a channel's position, which the dependency graph can't
     see: it would remove one channel here and another one there. The model keeps the permuted weights.
     """
-    before = forward(model)
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         graph.permute(group, torch.randperm(group.channels, generator=generator))
+    forget(graph.model)
+    with torch.no_grad():
+        after = forward(graph.model)
     # Sums are taken in another order; real differences are many times larger.
-    return torch.allclose(forward(model), before, rtol=1e-2, atol=1e-3 * float(before.detach().abs().max()))
+    return torch.allclose(after, before, rtol=1e-2, atol=1e-3 * float(before.abs().max()))
 
 
-def cuts_exactly(model: nn.Module, forward: Forward, kept: dict[str, int]) -> bool:
+def cuts_exactly(graph: DependencyGraph, forward: Forward, kept: dict[str, int]) -> bool:
     """Whether the model computes without some channels what it computes when no layer reads them.
 
     What other channels compute doesn't depend on a head, or on a group of a norm or of a convolution: the two are the
     same where the right channels went, and the code around them knows.
 
     Args:
-        model: Isn't changed.
+        graph: Of the model; neither is changed.
         forward: Runs it on its example inputs.
         kept: Channels that stay of some groups, by the group's name.
     """
-    silent, cut = copy.deepcopy(model), copy.deepcopy(model)
-    graph = DependencyGraph(silent, forward)
-    for group in [group for group in graph.groups() if group.name in kept]:
-        graph.silence(group, graph.units(group)[ceil(kept[group.name] / group.unit) :].flatten().tolist())
-    prune(cut, forward, kept)
     with torch.no_grad():
-        got, want = forward(cut), forward(silent)
+        with graph.undone():
+            for group in [group for group in graph.groups() if group.name in kept]:
+                graph.silence(group, graph.least(group, kept[group.name], _scattered))
+            forget(graph.model)
+            want = forward(graph.model)
+        with graph.undone():
+            graph.cut(kept, _scattered)
+            got = forward(graph.model)
     return got.shape == want.shape and is_close(got, want)
+
+
+def _scattered(group: Any) -> Tensor:
+    """Scores that spread the channels that go over the whole group: a slice in `forward` may take its first half."""
+    return torch.arange(len(group[0].idxs)) * 0.618034 % 1
 
 
 def _culprit(error: Exception) -> str:
@@ -298,11 +312,17 @@ def count_macs(model: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[i
 
     handle = model.register_forward_hook(remember)
     counter = FlopCounterMode(display=False)
+    # The counter stumbles over views of trainable parameters that go straight into a module, as learned queries do.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         with torch.no_grad(), counter:
             forward(model)
     finally:
         handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     counts = counter.get_flop_counts()
     prefix = type(model).__name__ + "."
     # The counter counts a multiply-add as two operations.

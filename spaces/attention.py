@@ -8,7 +8,6 @@ heads silenced. That proves it of the code, whatever the weights: a layer that t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from paretune.spaces.copies import copy_of, forget
 from paretune.spaces.dataflow import Trace, tensors_in
 from paretune.spaces.multihead import is_close
 from paretune.spaces.pinned import Pin, pin
@@ -302,7 +302,7 @@ def _proven(model: nn.Module, guess: Attention, call: _Call, last: Attention | N
         if _holds(owner, option, call):
             return replace(option, owner=guess.owner, sources=guess.sources, output=guess.output)
     for option in [replace(shape, fix="counts") for shape in shapes if shape.heads == shape.queries]:
-        how, pinned = Pin(option.sources, option.heads, option.by_head), copy.deepcopy(owner)
+        how, pinned = Pin(option.sources, option.heads, option.by_head), copy_of(owner)
         if pin(pinned, how, call.args, call.kwargs) and _holds(pinned, option, call):
             pin(owner, how, call.args, call.kwargs)
             return replace(option, owner=guess.owner, sources=guess.sources, output=guess.output)
@@ -311,7 +311,7 @@ def _proven(model: nn.Module, guess: Attention, call: _Call, last: Attention | N
 
 def _holds(owner: nn.Module, attention: Attention, call: _Call) -> bool:
     """Whether a copy with random weights computes the same without some heads as with them silenced."""
-    dense, call = copy.deepcopy(owner), call.noisy()
+    dense, call = copy_of(owner), call.noisy()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in dense.parameters():
@@ -319,10 +319,12 @@ def _holds(owner: nn.Module, attention: Attention, call: _Call) -> bool:
             # Wide enough for shares that differ, and for outputs that neither vanish nor blow up.
             parameter.copy_(values * (2 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1.0))
         gone = range(0, attention.heads - attention.heads % 2, 2)
-        cut, silent = copy.deepcopy(dense), copy.deepcopy(dense)
+        cut, silent = copy_of(dense), copy_of(dense)
         attention.silence(silent, gone)
         try:
             attention.cut(cut, gone)
+            for module in (cut, silent, dense):
+                forget(module)
             got, want, before = (next(tensors_in(m(*call.args, **call.kwargs))) for m in (cut, silent, dense))
         except Exception:  # whatever the user's code raises when it is given fewer heads
             return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, gcd
@@ -19,6 +20,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from paretune.spaces.attention import Attention, find_attentions, keep_channels
+from paretune.spaces.copies import forget, put_back
 from paretune.spaces.multihead import HeadAttention, open_multihead
 
 Forward = Callable[[nn.Module], Any]
@@ -49,12 +51,14 @@ class Group:
 
     Attributes:
         name: The group's first layer in the order of execution; the key of its pruning ratio.
-        channels: Channels of the dense model.
+        channels: Channels of the dense model, counted where the first layer makes them.
         layers: Layers that lose output channels, `name` first; more than one where they are coupled.
         consumers: Layers that lose input channels because of it.
         uncut: Modules in its way that can't lose channels: recurrent ones, layers that read heads which can't be
-            removed, and norms and convolutions whose groups don't line up with the channels.
-        unit: How many channels must go together: a head's, those of a norm's group or of a convolution's.
+            removed, norms and convolutions whose groups don't line up with the channels, and layers whose channels
+            can't be matched with the others'.
+        unit: How many channels must go together: a head's, those of a norm's group or of a convolution's, those that
+            others are added to.
     """
 
     name: str
@@ -83,6 +87,10 @@ def execution_order(model: nn.Module, forward: Forward) -> dict[str, int]:
     return order
 
 
+class CutError(ValueError):
+    """Channels can't go alone."""
+
+
 class DependencyGraph:
     """A model's dependency graph; alive only as long as the model keeps the shape that it was built from.
 
@@ -98,27 +106,68 @@ class DependencyGraph:
         open_multihead(model, forward)
         found, self._refused = find_attentions(model, forward)
         self._attentions = {attention.sources[0]: attention for attention in found}
-        self._model = model
+        self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._whole = [name for name, module in model.named_modules() if isinstance(module, HeadAttention)]
         self._order = execution_order(model, forward)
+        forget(model)  # what was computed without gradients would hide the parameter that it came from
         self._graph: Any = torch_pruning.DependencyGraph()
         with warnings.catch_warnings(), torch.enable_grad():
             # Torch-Pruning warns of free parameters and unknown ops; what they break is found by `why_broken`.
             warnings.simplefilter("ignore")
             # Its own way of calling the model tries model(*batch) first, which a batch of one image may survive.
             self._graph.build_dependency(model, None, forward_fn=lambda module, _: forward(module), verbose=False)
+        forget(model)  # what has a history can't be copied
         self._parts: dict[str, tuple[str, ...]] = {}
+        self._permutable: dict[str, bool] = {}
         self._groups = self._find_groups()
 
     def groups(self) -> Iterator[Group]:
         """Every group of the model, in the order of execution."""
         return iter(self._groups)
 
+    def undone(self) -> AbstractContextManager[None]:
+        """On leaving, what was done to the model is taken back, and the graph fits it again."""
+        nodes = list(self._graph.module2node.values())
+        operations = [node.module for node in nodes if isinstance(node.module, nn.Module)]
+        return put_back([*self.model.modules(), *operations, *nodes, self._graph])
+
+    def cut(self, kept: dict[str, int], importance: Callable[[Any], Tensor | None] | None = None) -> None:
+        """Cut groups down to `kept` channels each, in place; see `prune`."""
+        shared = _shared(self.model)
+        # All scores are taken on the dense model, so that the order of the groups can't matter.
+        gone = {group: self.least(group, kept.get(group.name, group.channels), importance) for group in self._groups}
+        wanted = {
+            layer: group.channels - len(channels)
+            for group, channels in gone.items()
+            for layer in (self.model.get_submodule(name) for name in group.layers if not self._attention(group))
+            if _out_channels(layer) == group.channels
+        }
+        for group, channels in gone.items():
+            if channels:
+                self.remove(group, channels)
+        for layer, count in wanted.items():
+            if _out_channels(layer) != count:
+                raise CutError("its channels go together with others of the same layer (split or gated behind it)")
+        for places in shared:
+            _share(places)
+        forget(self.model)
+
+    def least(self, group: Group, kept: int, importance: Callable[[Any], Tensor | None] | None = None) -> list[int]:
+        """The channels that go where so many of a group stay: whole units, the least important ones; see `prune`."""
+        units = self.units(group)
+        count = len(units) - max(1, ceil(kept / group.unit))
+        if count <= 0:
+            return []
+        scores = self.scores(group, importance) if importance else None
+        last_first = torch.arange(len(units) - 1, -1, -1)
+        order = last_first if scores is None else scores.cpu()[units].mean(1).argsort(stable=True)
+        return sorted(units[order[:count]].flatten().tolist())
+
     def units(self, group: Group) -> Tensor:
         """The channels of the group's first layer that go together, shape (units, `group.unit`)."""
         if attention := self._attention(group):
-            return attention.rows(self._model, attention.sources[0])
+            return attention.rows(self.model, attention.sources[0])
         return torch.arange(group.channels).view(-1, group.unit)
 
     def scores(self, group: Group, importance: Callable[[Any], Tensor | None]) -> Tensor | None:
@@ -128,16 +177,16 @@ class DependencyGraph:
         importance is asked for each of these layers, with the Torch-Pruning group that begins there. What a group
         reaches of an attention is up to Torch-Pruning, but at least one of queries, keys and values.
         """
-        attention, units = self._attention(group), self.units(group)
+        attention, units, parts = self._attention(group), self.units(group), self._parts[group.name]
         found = []
-        for root in attention.sources if attention else self._parts[group.name]:
-            module = self._model.get_submodule(root)
+        for root in parts:
+            module = self.model.get_submodule(root)
             scores = importance(self._select(root, range(_out_channels(module))))
-            if scores is not None and group.unit == 1:
+            if scores is not None and group.unit == len(parts) == 1:
                 return scores
             if scores is not None:
                 in_order = torch.arange(len(scores)).view(len(units), -1)
-                rows = attention.rows(self._model, root) if attention else in_order
+                rows = attention.rows(self.model, root) if attention else in_order
                 found.append(scores.cpu()[rows].mean(1))
         if not found:
             return None
@@ -152,7 +201,7 @@ class DependencyGraph:
         """
         gone = self._gone(group, channels)
         if attention := self._attention(group):
-            attention.cut(self._model, gone)
+            attention.cut(self.model, gone)
             return
         grouped = set()
         for raw in self._raws(group, gone):
@@ -161,9 +210,9 @@ class DependencyGraph:
                 module = item.dep.target.module
                 if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
                     norms[module] = module.num_groups - len(item.idxs) * module.num_groups // module.num_channels
-                elif _is_grouped(module):
+                elif is_grouped(module):
                     grouped.add(module)
-            raw._group = [item for item in raw if not _is_grouped(item.dep.target.module)]
+            raw._group = [item for item in raw if not is_grouped(item.dep.target.module)]
             raw.prune(record_history=False)
             for module, groups in norms.items():
                 module.num_groups = groups
@@ -174,12 +223,12 @@ class DependencyGraph:
         """Make no layer read these channels (whole units) of the group, in place."""
         gone = self._gone(group, channels)
         if attention := self._attention(group):
-            attention.silence(self._model, gone)
+            attention.silence(self.model, gone)
             return
         for item in (item for raw in self._raws(group, gone) for item in raw):
             module = item.dep.target.module
             is_input = not self._graph.is_out_channel_pruning_fn(item.dep.handler)
-            if is_input and isinstance(module, PRUNABLE) and not _is_grouped(module):
+            if is_input and isinstance(module, PRUNABLE) and not is_grouped(module):
                 axis = 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
                 module.weight.data.index_fill_(axis, torch.tensor(item.idxs, device=module.weight.device), 0)
 
@@ -189,6 +238,11 @@ class DependencyGraph:
         Not those that go in units, nor those that a module reads only a part of (behind a split, say) or whose
         parameters aren't known here.
         """
+        if group.name not in self._permutable:
+            self._permutable[group.name] = self._is_permutable(group)
+        return self._permutable[group.name]
+
+    def _is_permutable(self, group: Group) -> bool:
         if group.unit > 1 or len(self._parts[group.name]) > 1:
             return False
         items = list(self._select(self._parts[group.name][0], range(group.channels)))
@@ -225,12 +279,31 @@ class DependencyGraph:
         raws = list(self._graph.get_all_groups(ignored_layers=[], root_module_types=list(PRUNABLE)))
         heads = {name for attention in self._attentions.values() for name in attention.sources}
         groups = [self._heads(attention) for attention in self._attentions.values()]
-        tied = _tied([raw for raw in raws if not heads.intersection(self._outputs(raw))])
-        groups += [group for group in map(self._group, tied) if group]
+        raws = [raw for raw in raws if not heads.intersection(self._outputs(raw))]
+        groups += [group for group in map(self._group, _tied([self._made(raw) for raw in raws])) if group]
         return sorted(groups, key=lambda group: self._order[self._parts[group.name][0]])
 
+    def _made(self, raw: Any) -> list[Any]:
+        """The group as seen from the layers that make its channels: several where theirs are concatenated.
+
+        Torch-Pruning begins where it likes, with an addition of what was concatenated, say: there are more channels.
+        """
+        parts: list[Any] = []
+        for name in self._outputs(raw):
+            channels = range(_out_channels(self.model.get_submodule(name)))
+            if not any(self._reached(part, name) for part in parts):
+                is_root = self._names[raw[0].dep.target.module] == name
+                parts.append(raw if is_root else self._select(name, channels))
+        return parts
+
+    def _reached(self, raw: Any, name: str) -> set[int]:
+        """Output channels of a layer that a group of Torch-Pruning's reaches."""
+        items = [item for item in raw if self._names.get(item.dep.target.module) == name]
+        makes = self._graph.is_out_channel_pruning_fn
+        return {channel for item in items if makes(item.dep.handler) for channel in item.idxs}
+
     def _heads(self, attention: Attention) -> Group:
-        units = attention.rows(self._model, attention.sources[0])
+        units = attention.rows(self.model, attention.sources[0])
         layers = self._dense_names(attention.sources)
         self._parts[layers[0]] = attention.sources
         return Group(layers[0], units.numel(), layers, self._dense_names([attention.output]), unit=units.shape[1])
@@ -253,11 +326,17 @@ class DependencyGraph:
                 uncut.append(self._names[item.dep.target.module])
             elif runs is not None:
                 units = gcd(units, runs)
+        uncut += [name for name in layers if not self._are_parts(tied, name)]
         # The part that makes the first layer's channels comes first: they are the ones that are counted.
         tied = sorted(tied, key=lambda raw: layers[0] not in self._outputs(raw))
-        self._parts[layers[0]] = tuple(self._outputs(raw)[0] for raw in tied)
+        self._parts[layers[0]] = tuple(self._names[raw[0].dep.target.module] for raw in tied)
         channels = len(tied[0][0].idxs)
         return Group(layers[0], channels, layers, consumers, tuple(dict.fromkeys(uncut)), channels // units)
+
+    def _are_parts(self, raws: list[Any], name: str) -> bool:
+        """Whether each output channel of a layer is reached by one of Torch-Pruning's groups, and only one."""
+        reached = [channel for raw in raws for channel in self._reached(raw, name)]
+        return sorted(reached) == list(range(_out_channels(self.model.get_submodule(name))))
 
     def _attention(self, group: Group) -> Attention | None:
         return self._attentions.get(self._parts[group.name][0])
@@ -268,16 +347,17 @@ class DependencyGraph:
             raise ValueError(f"channels of {group.name} must go {group.unit} at a time")
         return whole.all(1).nonzero().flatten().tolist()
 
-    def _raws(self, group: Group, gone: list[int]) -> list[Any]:
-        """Torch-Pruning's groups with the channels of units that go."""
-        found = []
+    def _raws(self, group: Group, gone: list[int]) -> Iterator[Any]:
+        """Torch-Pruning's groups with the channels of units that go; each as the model is when it is asked for.
+
+        A concatenation has lost some channels by then when it comes to those of its second part.
+        """
         for root in self._parts[group.name]:
-            units = torch.arange(_out_channels(self._model.get_submodule(root))).view(group.channels // group.unit, -1)
-            found.append(self._select(root, units[gone].flatten().tolist()))
-        return found
+            units = torch.arange(_out_channels(self.model.get_submodule(root))).view(group.channels // group.unit, -1)
+            yield self._select(root, units[gone].flatten().tolist())
 
     def _select(self, root: str, channels: range | list[int]) -> Any:
-        module = self._model.get_submodule(root)
+        module = self.model.get_submodule(root)
         pruner = self._graph.get_pruner_of_module(module)
         return self._graph.get_pruning_group(module, pruner.prune_out_channels, list(channels))
 
@@ -303,17 +383,16 @@ def _out_channels(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
-def _is_grouped(module: Any) -> bool:
+def is_grouped(module: Any) -> bool:
     """Whether it is a convolution in groups, but not of one input and one output each as a depthwise one."""
     groups = int(getattr(module, "groups", 1)) if isinstance(module, PRUNABLE) else 1
     return groups > 1 and not groups == module.in_channels == module.out_channels
 
 
-def _tied(raws: list[Any]) -> list[list[Any]]:
-    """Torch-Pruning's groups in lists: together where one makes a grouped convolution's inputs, another its outputs."""
-    lists = [[raw] for raw in raws]
-    modules = dict.fromkeys(item.dep.target.module for raw in raws for item in raw)
-    for module in filter(_is_grouped, modules):
+def _tied(lists: list[list[Any]]) -> list[list[Any]]:
+    """Lists of Torch-Pruning's groups, joined where one makes a grouped convolution's inputs, another its outputs."""
+    modules = dict.fromkeys(item.dep.target.module for raws in lists for raw in raws for item in raw)
+    for module in filter(is_grouped, modules):
         touching = [tied for tied in lists if any(item.dep.target.module is module for raw in tied for item in raw)]
         lists = [tied for tied in lists if tied not in touching] + [[raw for tied in touching for raw in tied]]
     return lists
@@ -328,7 +407,7 @@ def _runs(item: Any, *, is_output: bool) -> int | None:
     module, channels = item.dep.target.module, len(item.idxs)
     if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
         run = module.num_channels // module.num_groups
-    elif _is_grouped(module):
+    elif is_grouped(module):
         whole = module.out_channels if is_output else module.in_channels
         run = whole // module.groups
         # Torch-Pruning takes as many outputs as groups for a depthwise convolution, however many inputs there are.
@@ -357,10 +436,11 @@ def _source(positions: list[int], roots: list[int], order: Tensor, size: int) ->
     places: dict[int, list[int]] = {}
     for position, root in zip(positions, roots, strict=True):
         places.setdefault(root, []).append(position)
-    source = torch.arange(size)
+    source, new = list(range(size)), order.tolist()
     for root, own in places.items():
-        source[own] = torch.tensor(places[int(order[root])])
-    return source
+        for place, other in zip(own, places[new[root]], strict=True):
+            source[place] = other
+    return torch.tensor(source)
 
 
 @torch.no_grad()
@@ -399,25 +479,10 @@ def prune(
             one the last channels go: enough where only the shape matters, because weights are loaded afterwards.
 
     Raises:
+        CutError: A layer would lose more channels than were asked for.
         ValueError: Layers that share a weight would lose different channels of it.
     """
-    graph = DependencyGraph(model, forward)
-    shared = _shared(model)
-    cuts = []
-    for group in graph.groups():
-        units = graph.units(group)
-        count = len(units) - max(1, ceil(kept.get(group.name, group.channels) / group.unit))
-        if count <= 0:
-            continue
-        # All scores are taken on the dense model, so that the order of the groups can't matter.
-        scores = graph.scores(group, importance) if importance else None
-        last_first = torch.arange(len(units) - 1, -1, -1)
-        order = last_first if scores is None else scores.cpu()[units].mean(1).argsort(stable=True)
-        cuts.append((group, sorted(units[order[:count]].flatten().tolist())))
-    for group, channels in cuts:
-        graph.remove(group, channels)
-    for places in shared:
-        _share(places)
+    DependencyGraph(model, forward).cut(kept, importance)
 
 
 def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

@@ -6,7 +6,6 @@ Much code writes a number of heads down, or takes a width from its input: `view(
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import operator
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from paretune.spaces.copies import copy_of
 
 PINNED = "pinned_heads"
 """The attribute that counts the heads."""
@@ -56,7 +57,7 @@ def pin(owner: nn.Module, how: Pin, args: tuple[Any, ...], kwargs: dict[str, Any
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an attribute that is a number, where parameters are expected
             evaluates, trains = (
-                _pinned_forward(copy.deepcopy(owner).train(mode), how, args, kwargs) for mode in (False, True)
+                _pinned_forward(copy_of(owner).train(mode), how, args, kwargs) for mode in (False, True)
             )
     except Exception:  # torch.fx can't follow all of Python, and says so in a dozen ways
         return False

@@ -71,11 +71,12 @@ class Schedule(_Config):
         if self.shape == "cubic":
             return tuple(1 - (1 - share) ** 3 for share in done)
         if self.shape == "coarse-fine":
-            return tuple(_COARSE + (1 - _COARSE) * step / (self.steps - 1) for step in range(self.steps))
+            return tuple(COARSE + (1 - COARSE) * step / (self.steps - 1) for step in range(self.steps))
         return tuple(done)
 
 
-_COARSE = 0.7
+COARSE = 0.7
+"""Share of a `coarse-fine` cut that comes first; of a global ratio, importance alone decides it."""
 
 
 class Pruning(_Config):

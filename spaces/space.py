@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from paretune.errors import JobError
-from paretune.spaces.analysis import Analysis
-from paretune.spaces.graph import Group
-from paretune.spaces.grid import channel_grid, kept_of, ratio_of, snap
+from paretune.spaces.grid import kept_of, ratio_of, snap
 from paretune.spaces.plan import (
     CompressionPlan,
     Factorization,
@@ -21,11 +20,11 @@ from paretune.spaces.plan import (
     Method,
     Observer,
     Pruning,
-    Quantization,
     Schedule,
     Sharing,
     Sparsification,
 )
+from paretune.spaces.settings import INTEGER, SETTINGS, quantization, settings_of
 
 Range = tuple[float, float]
 
@@ -35,7 +34,8 @@ _SWITCHES = {"factorize": "ranks", "sparsify": "sparse", "share": "shared"}
 MODEL = "model"
 """The choice of `variant` that stands for the model itself."""
 
-_RANK_STEP = 0.125
+RANK_STEP = 0.125
+"""The smallest share of the full rank that is offered, and the distance of any two."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class SearchSpace:
     itself would hardly ever leave all of them alone. The other parameters of the whole plan are ``variant``,
     ``pruning/ratio`` or ``pruning/threshold``, ``importance``, ``schedule``, ``method``, ``pattern``, ``observer``,
     ``aware``, ``activations``, ``granularity``, ``affine``, ``distill/temperature``, ``distill/weight``,
-    ``distill/hint_weight`` and ``finetune/learning_rate``. Choices with one option are no parameters. Of two techniques
-    that exclude each other on a layer the plan takes one: factors before zeros, and few bits before a codebook.
+    ``distill/hint_weight`` and ``finetune/learning_rate``. Choices with one option are no parameters, nor is how a
+    technique is used that the space doesn't have. Of two techniques that exclude each other on a layer the plan takes
+    one: factors before zeros, and few bits before a codebook.
 
     Attributes:
         grids: Group to the channel counts it may be cut to, ascending; the last is the dense one.
@@ -107,6 +108,7 @@ class SearchSpace:
         sparse: Layers that may be sparse.
         shared: Layers that may have a codebook.
         variants: The layers' choices of each lighter architecture, by name.
+        narrow: Sparse layer to the patterns that it has too few inputs for.
     """
 
     grids: Mapping[str, Sequence[int]]
@@ -116,10 +118,35 @@ class SearchSpace:
     sparse: Sequence[str] = ()
     shared: Sequence[str] = ()
     variants: Mapping[str, SearchSpace] = field(default_factory=dict)
+    narrow: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any of its plans makes the model smaller."""
+        return bool(self.techniques or self.variants)
+
+    @property
+    def techniques(self) -> frozenset[str]:
+        """The sections of a plan in which any plan of the space does something, of the model or of a variant."""
+        every = [self, *self.variants.values()]
+        together = self.options.prune and self.options.scope != "layer"
+        found = {
+            "prune": together or any(len(grid) > 1 for space in every for grid in space.grids.values()),
+            "quantize": any(min(widths) <= INTEGER for space in every for widths in space.widths.values()),
+            "factorize": any(space.ranks for space in every),
+            "sparsify": any(space.sparse for space in every),
+            "share": any(space.shared for space in every),
+        }
+        return frozenset(name for name, used in found.items() if used)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space."""
-        return {name: distribution for name, distribution in self._all().items() if not distribution.single()}
+        used = self.techniques
+        return {
+            name: distribution
+            for name, distribution in self._all().items()
+            if not distribution.single() and (name not in SETTINGS or used & SETTINGS[name])
+        }
 
     def to_plan(self, params: Mapping[str, Any]) -> CompressionPlan:
         """The plan that parameters stand for; those that are missing take the first choice or the middle."""
@@ -141,32 +168,27 @@ class SearchSpace:
         found = {layer: min(round(share, 2), most) for layer, share in found.items()}
         if pattern != "unstructured":
             share = _pattern_share(pattern)
-            found = {layer: share if given > most / 2 else 0.0 for layer, given in found.items()}
+            fits = {
+                layer: given > most / 2 and pattern not in own.narrow.get(layer, ()) for layer, given in found.items()
+            }
+            found = {layer: share if fitting else 0.0 for layer, fitting in fits.items()}
         sparsity = {layer: share for layer, share in found.items() if share > 0}
         finest = 4 if value["granularity"] == "per-tensor" else 8
         clusters = {layer: int(value[f"{prefix}clusters/{layer}"]) for layer in own.shared if used["share"]}
         clusters = {layer: size for layer, size in clusters.items() if size and bits.get(layer, 32) > finest}
+        ratio, threshold = value.get("pruning/ratio") or None, value.get("pruning/threshold") or None
+        pruned = bool(ratios or ratio or threshold)
+        # Where a technique isn't used, how it would be says nothing: equal models have equal plans.
         return CompressionPlan(
             variant=None if variant == MODEL else variant,
-            prune=Pruning(
-                ratios=ratios,
-                importance=value["importance"],
-                ratio=value.get("pruning/ratio") or None,
-                threshold=value.get("pruning/threshold") or None,
-            ),
-            # Where a technique isn't used, how it would be says nothing: equal models have equal plans.
+            prune=Pruning(ratios=ratios, importance=value["importance"], ratio=ratio, threshold=threshold)
+            if pruned
+            else Pruning(),
             factorize=Factorization(ranks=ranks, method=value["method"]) if ranks else Factorization(),
             sparsify=Sparsification(sparsity=sparsity, pattern=pattern) if sparsity else Sparsification(),
             share=Sharing(clusters=clusters),
-            quantize=Quantization(
-                bits=bits,
-                observer=value["observer"],
-                aware=value["aware"],
-                activations=value["activations"],
-                granularity=value["granularity"],
-                affine=value["affine"] and value["activations"] == "float",
-            ),
-            schedule=Schedule.parse(value["schedule"]),
+            quantize=quantization(bits, value),
+            schedule=Schedule.parse(value["schedule"]) if pruned or sparsity else Schedule(),
             finetune=Finetuning(
                 learning_rate=value["finetune/learning_rate"],
                 temperature=value["distill/temperature"],
@@ -181,7 +203,7 @@ class SearchSpace:
         Raises:
             JobError: The plan isn't in the space.
         """
-        values, known = self._values(plan), self._all()
+        values, known, chosen = self._values(plan), self._all(), self.distributions()
         for name in values.keys() - known.keys():
             if values[name]:
                 raise _outside(f"plan: {name}", "must be chosen by the space", values[name], {})
@@ -192,7 +214,7 @@ class SearchSpace:
                 rule = f"must be {default_of(name, distribution)}, the only choice"
                 rule = rule if distribution.single() else f"must be in {distribution}"
                 raise _outside(f"plan: {name}", rule, value, {})
-            if not distribution.single():
+            if name in chosen:
                 found[name] = value
         return found
 
@@ -219,7 +241,7 @@ class SearchSpace:
         own, prefix = (self, "") if variant == MODEL else (self.variants[variant], f"{variant}/")
         params: dict[str, Any] = {f"prune/{group}": ratio for group in own.grids}
         params |= {f"bits/{layer}": bits if bits in widths else widths[0] for layer, widths in own.widths.items()}
-        rank = max(_RANK_STEP, _RANK_STEP * round(rank / _RANK_STEP))
+        rank = max(RANK_STEP, RANK_STEP * round(rank / RANK_STEP))
         params |= {f"rank/{layer}": rank for layer in own.ranks}
         params |= {f"sparsity/{layer}": min(sparsity, self.options.max_sparsity) for layer in own.sparse}
         clusters = clusters if clusters in self.options.clusters else 0
@@ -234,7 +256,8 @@ class SearchSpace:
         """The plan at a position of the endless sweep over uniform plans: the baseline that a search must beat.
 
         Position 0 is the dense model. Ratios come in the order 0, 1, 1/2, 1/4, 3/4, … of the largest
-        one (van der Corput), each with every width, the widest first, then from the narrowest up.
+        one (van der Corput), each with every width, the widest first, then from the narrowest up. Where no channels
+        can be pruned, the widths are followed by ranks, zeros and codebooks in turns, the strongest first.
         """
         widths = sorted({width for options in self.widths.values() for width in options})
         if index == 0:
@@ -243,10 +266,21 @@ class SearchSpace:
         if self.options.prune and self.options.scope != "layer":
             largest = self.options.max_ratio
         if not largest:
-            return self.uniform(bits=widths[(index - 1) % len(widths)] if widths else None)
+            chosen = widths if any(len(options) > 1 for options in self.widths.values()) else []
+            settings = [*({"bits": width} for width in chosen), *self._strengths()]
+            return self.uniform(**settings[(index - 1) % len(settings)]) if settings else self.uniform()
         level, position = divmod(index, max(1, len(widths)))
         bits = widths[position - 1] if widths else None
         return self.uniform(largest * _van_der_corput(level), bits)
+
+    def _strengths(self) -> list[dict[str, Any]]:
+        """Arguments of `uniform` for ranks, zeros and codebooks of all strengths, the techniques in turns."""
+        steps = int(max(self.ranks.values(), default=0.0) / RANK_STEP)
+        ranks = [{"rank": RANK_STEP * step} for step in range(1, 1 + steps)]
+        levels = (1.0, 0.5, 0.25, 0.75) if self.options.patterns[0] == "unstructured" else (1.0,)
+        zeros = [{"sparsity": self.options.max_sparsity * level} for level in levels if self.sparse]
+        books = [{"clusters": size} for size in sorted(self.options.clusters) if self.shared]
+        return [one for together in zip_longest(ranks, zeros, books) for one in together if one]
 
     def _all(self) -> dict[str, BaseDistribution]:
         """Every choice, also those with one option."""
@@ -287,7 +321,7 @@ class SearchSpace:
         for group, grid in self.grids.items():
             yield f"prune/{group}", FloatDistribution(0.0, _largest(grid))
         for layer in self.ranks:
-            yield f"rank/{layer}", FloatDistribution(_RANK_STEP, 1.0, step=_RANK_STEP)
+            yield f"rank/{layer}", FloatDistribution(RANK_STEP, 1.0, step=RANK_STEP)
         for layer in self.sparse:
             yield f"sparsity/{layer}", FloatDistribution(0.0, self.options.max_sparsity)
         for layer in self.shared:
@@ -319,6 +353,10 @@ class SearchSpace:
             if share > own.ranks[layer]:
                 rule = f"must be at most {own.ranks[layer]}, or the factors save nothing"
                 raise _outside(f"factorize.ranks.{layer}", rule, share, {})
+        for layer in plan.sparsify.sparsity:
+            if plan.sparsify.pattern in own.narrow.get(layer, ()):
+                rule = f"must not be sparse in the pattern {plan.sparsify.pattern}, for which it has too few inputs"
+                raise _outside(f"sparsify.sparsity.{layer}", rule, plan.sparsify.pattern, {})
         if plan.sparsify.blocks is not None:  # a parameter only says whether a layer has the pattern
             zeros = (f"{prefix}sparsity/{layer}" for layer in plan.sparsify.sparsity)
             values |= {name: self.options.max_sparsity if values[name] else 0.0 for name in zeros}
@@ -328,12 +366,6 @@ class SearchSpace:
             "factorize.energy": plan.factorize.energy,
             "sparsify.ratio": plan.sparsify.ratio,
             "sparsify.threshold": plan.sparsify.threshold,
-            "importance": plan.prune.importance,
-            "schedule": str(plan.schedule),
-            "observer": plan.quantize.observer,
-            "aware": plan.quantize.aware,
-            "activations": plan.quantize.activations,
-            "granularity": plan.quantize.granularity,
             "distill/temperature": plan.finetune.temperature,
             "distill/weight": plan.finetune.distillation_weight,
             "distill/hint_weight": plan.finetune.hint_weight,
@@ -344,14 +376,7 @@ class SearchSpace:
             "sparsify": any(plan.sparsify.sparsity.values()),
             "share": bool(plan.share.clusters),
         }
-        # Where a technique isn't used, how it would be is left out of the plan.
-        if plan.factorize.ranks:
-            values["method"] = plan.factorize.method
-        if plan.sparsify.sparsity:
-            values["pattern"] = plan.sparsify.pattern
-        if plan.quantize.activations == "float":
-            values["affine"] = plan.quantize.affine
-        return values
+        return values | settings_of(plan)
 
 
 _LARGEST_THRESHOLD = 1.5
@@ -369,53 +394,6 @@ def default_of(name: str, distribution: BaseDistribution) -> Any:
     if name in ("distill/temperature", "finetune/learning_rate"):
         return low if low == high else math.sqrt(low * high)
     return high if distribution.step is not None else low
-
-
-def make_space(
-    analysis: Analysis,
-    widths: Mapping[str, Sequence[int]],
-    options: Options,
-    *,
-    ranks: Mapping[str, float] | None = None,
-    sparse: Sequence[str] = (),
-    shared: Sequence[str] = (),
-) -> SearchSpace:
-    """The space over a model.
-
-    Args:
-        analysis: Of the model.
-        widths: Layer to the bit-widths that the target really executes, widest first; empty to quantize nothing.
-        options: What the job allows.
-        ranks: Layers that may be factorized; see `SearchSpace`.
-        sparse: Layers that may be sparse.
-        shared: Layers that may have a codebook.
-    """
-    kinds = {layer.name: layer.kind for layer in analysis.layers}
-    grids: dict[str, list[int]] = {}
-    offered = {name: tuple(values) for name, values in widths.items()}
-    for group in analysis.groups if options.prune and options.scope == "layer" else ():
-        counts = analysis.counts.get(kinds.get(group.name, ""))
-        grid = channel_grid(group.channels, max_ratio=options.max_ratio, counts=counts, unit=group.unit)
-        for name, width, each in _fed_in_blocks(group, analysis, offered, options):
-            whole = [kept for kept in grid if (group.channels - kept) * each % options.multiples[width] == 0]
-            if len(whole) > 2:
-                grid = whole
-            else:  # too few: better give up the width than the pruning
-                rest = tuple(other for other in offered[name] if other != width)
-                offered[name] = rest or analysis.widths[name][:1]
-        grids[group.name] = grid
-    return SearchSpace(grids, offered, options, ranks or {}, tuple(sparse), tuple(shared))
-
-
-def _fed_in_blocks(
-    group: Group, analysis: Analysis, offered: Mapping[str, Sequence[int]], options: Options
-) -> Iterator[tuple[str, int, int]]:
-    """(layer, width, inputs for each channel) for the group's readers that a width takes in blocks of inputs alone."""
-    inputs = {layer.name: layer.inputs for layer in analysis.layers}
-    for name in group.consumers:
-        for width in options.multiples.keys() & set(offered.get(name, ())):
-            # Behind a flatten, each channel gives several inputs.
-            yield name, width, max(1, inputs.get(name, 0) // group.channels)
 
 
 def _check_ratio(group: str, grid: Sequence[int], ratio: float) -> None:

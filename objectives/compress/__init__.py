@@ -8,7 +8,6 @@ trained through afterwards. The order within a tuple is the order of application
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,6 +27,7 @@ from paretune.objectives.compress.sparsity import resolve_sparsity, sparsify
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch
 from paretune.objectives.tasks import Task
+from paretune.spaces.copies import copy_of
 from paretune.spaces.plan import CompressionPlan, Pruning
 
 __all__ = [
@@ -53,6 +53,7 @@ class Context:
         batches: Real training batches, for importances and calibration; empty where only the structure matters.
         schemes: How the target wants layers quantized.
         grids: Prunable group to the channel counts that it may be cut to, ascending; the last is the dense one.
+        units: Group to how many of its channels must go together in the dense model; 1 where it isn't named.
         exclude: Glob patterns of layers that are to stay as they are where a plan is for all.
     """
 
@@ -62,6 +63,7 @@ class Context:
     batches: Sequence[Batch]
     schemes: Schemes = field(default_factory=lambda: STATIC)
     grids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    units: Mapping[str, int] = field(default_factory=dict)
     exclude: Sequence[str] = ()
 
     def forward(self, model: nn.Module) -> torch.Tensor:
@@ -110,7 +112,7 @@ def resolve_plan(model: nn.Module, plan: CompressionPlan, context: Context) -> C
     """
     if plan.is_resolved:
         return plan
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     for technique in STRUCTURE:
         if technique.resolve is not None:
             plan = plan.model_copy(update={technique.field: technique.resolve(model, plan, context)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from paretune.objectives.compress.layers import CONVS, replace_module, why_special
 from paretune.objectives.compress.readers import trace_readers
+from paretune.spaces.copies import copy_of
 from paretune.spaces.graph import Forward
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -24,7 +24,7 @@ def fold_batchnorm(model: nn.Module, forward: Forward) -> nn.Module:
     subclass does after normalising, such as the activation of timm's batch norms, stays in its place. The shape of the
     result depends on the model's structure alone, never on its weights.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_of(model).eval()
     for layer_name, norm_name in _pairs(model, forward):
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
+from math import ceil
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from paretune.objectives.compress.readers import Node, Readers, trace_readers
-from paretune.objectives.data.inputs import call, map_tensors
+from paretune.objectives.data.inputs import Inputs, call, map_tensors
+from paretune.objectives.data.splits import Batch
 from paretune.spaces.graph import PRUNABLE
 
 if TYPE_CHECKING:
@@ -31,6 +35,9 @@ Of a group's items it reads the module (``dep.target.module``), whether its inpu
 """
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+_PART = 16
+"""Samples that go through a model at a time: a batch's activations, kept for its gradients, may be tens of GB."""
 
 _HESSIAN_SAMPLES = 64
 """Each costs a backward pass of its own; the mean of so many squared gradients ranks channels well enough."""
@@ -53,7 +60,8 @@ def importance(name: str, model: nn.Module, context: Context) -> Score:
     - ``activation``: mean absolute value of what the layers behind the group read.
     - ``apoz``: share of values above zero in the outputs of the rectifiers (ReLU, ReLU6, ``clamp(min=0)``) that read
       the group's layers; where none reads them as they are (but joined to others, say), in what the layers behind read.
-    - ``random``: uniform, from PyTorch's global generator.
+    - ``random``: uniform, the same for a layer's name and the seed of PyTorch's global generator, whatever was drawn
+      from it since: the ratios that a plan is resolved to remove what was removed when they were found.
 
     A group that the importance can't score has its `l2`: one without batch norm for `bn-scale`, one whose weights get
     no gradient for `taylor` and `hessian`, one that no convolution or linear layer reads for `activation`, one without
@@ -164,8 +172,26 @@ def _fpgm(_model: nn.Module, _context: Context) -> Score:
     return lambda group: _combine(group, values_of)
 
 
-def _random(_model: nn.Module, _context: Context) -> Score:
-    return lambda group: torch.rand(len(group[0].idxs))
+def _random(model: nn.Module, _context: Context) -> Score:
+    def score(group: Any) -> Tensor:
+        root = group[0].dep.target.module
+        name = next(name for name, module in model.named_modules() if module is root)
+        generator = torch.Generator().manual_seed(crc32(f"{torch.initial_seed()} {name}".encode()))
+        return torch.rand(len(group[0].idxs), generator=generator)
+
+    return score
+
+
+def in_parts(batch: Batch) -> Iterator[tuple[Inputs, Tensor, float]]:
+    """A batch's inputs and targets in parts of at most 16 samples, each with its share of the batch.
+
+    Parts of a batch are as large as each other, or by one smaller: some models can't take a single sample.
+    """
+    size = len(batch.targets)
+    count = ceil(size / _PART)
+    for start, end in pairwise(size * part // count for part in range(count + 1)):
+        rows = slice(start, end)
+        yield map_tensors(itemgetter(rows), batch.inputs), batch.targets[rows], (end - start) / size
 
 
 @contextmanager
@@ -198,8 +224,9 @@ def _taylor(model: nn.Module, context: Context) -> Score:
     sums: dict[Tensor, Tensor] = {}
     with _observed(model):
         for batch in context.batches:
-            loss = context.task.loss(call(model, batch.inputs), batch.targets)
-            _add_gradients(sums, loss, model, lambda gradient: gradient)
+            for inputs, targets, share in in_parts(batch):
+                loss = share * context.task.loss(call(model, inputs), targets)
+                _add_gradients(sums, loss, model, lambda gradient: gradient)
     return _of_weights(lambda weight: (weight * sums[weight]).abs() if weight in sums else None)
 
 
@@ -230,8 +257,8 @@ def _means_read(model: nn.Module, context: Context, value: Callable[[Tensor], Te
     handles = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, PRUNABLE)]
     try:
         with _observed(model), torch.no_grad():
-            for batch in context.batches:
-                call(model, batch.inputs)
+            for inputs, _, _ in chain.from_iterable(map(in_parts, context.batches)):
+                call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -281,18 +308,25 @@ def means_rectified(model: nn.Module, context: Context) -> dict[nn.Module, Tenso
 
     Pooling hides zeros, so that what the next layer reads won't do where the rectifier's own output can be had.
     """
-    found: dict[nn.Module, list[Tensor]] = {}
+    sums: dict[nn.Module, Tensor] = {}
+    rows: dict[nn.Module, int] = {}
+
+    def add(inputs: Inputs) -> None:  # a function of its own: what autograd saved goes before the next part comes
+        readers = trace_readers(model, partial(call, inputs=inputs), PRUNABLE)
+        for name in readers.outputs:
+            module: Any = model.get_submodule(name)
+            channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            axis = _channel_axis(module)
+            for alive in _rectified(readers, name):
+                if alive.ndim >= -axis and alive.shape[axis] == channels:
+                    values = _rows(module, alive)
+                    sums[module] = sums.get(module, 0) + values.sum(0)
+                    rows[module] = rows.get(module, 0) + len(values)
+
     with _observed(model):
-        for batch in context.batches:
-            readers = trace_readers(model, partial(call, inputs=batch.inputs), PRUNABLE)
-            for name in readers.outputs:
-                module: Any = model.get_submodule(name)
-                channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-                for alive in _rectified(readers, name):
-                    axis = _channel_axis(module)
-                    if alive.ndim >= -axis and alive.shape[axis] == channels:
-                        found.setdefault(module, []).append(_rows(module, alive).mean(0))
-    return {module: torch.stack(shares).mean(0) for module, shares in found.items()}
+        for inputs, _, _ in chain.from_iterable(map(in_parts, context.batches)):
+            add(inputs)
+    return {module: total / rows[module] for module, total in sums.items()}
 
 
 def _rectified(readers: Readers, layer: str) -> Iterator[Tensor]:

@@ -7,7 +7,6 @@ arXiv:1404.0736), other convolutions by Tucker-2 (Kim et al., 2016, arXiv:1511.0
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from paretune.errors import TrialError
 from paretune.objectives.compress.factors import way_of
 from paretune.objectives.compress.layers import replace_module, why_special
+from paretune.spaces.copies import copy_of
 from paretune.spaces.graph import Forward, execution_order
 from paretune.spaces.plan import Factorization, Method
 
@@ -35,12 +35,13 @@ class Factorized(nn.Sequential):
 def factorize(model: nn.Module, config: Factorization, context: Context, fraction: float = 1.0) -> nn.Module:
     """Put factors in the place of each layer that `config.ranks` names, in place.
 
-    The shapes of the factors depend on the shape of the layer and its share alone.
+    What is done depends on the layer's shape and its share alone. One whose factors aren't smaller stays whole: a share
+    that is right for the dense layer may be too large for the pruned one.
 
     Args:
         model: The model, pruned.
         config: Resolved: its `energy` does nothing here.
-        context: Isn't read.
+        context: Without batches the factors' weights are zero, as they will be loaded.
         fraction: Share of the whole cut that is reached; nothing happens before the last cut, as factors of factors
             would be worse than those of the layer.
 
@@ -52,8 +53,11 @@ def factorize(model: nn.Module, config: Factorization, context: Context, fractio
     for name, share in config.ranks.items():
         if reason := why_whole(model, name):
             raise TrialError(f"a layer must be one that can be factorized, but got {name}: {reason}; leave it out")
+        layer = model.get_submodule(name)
+        if not is_smaller(layer, config.method, share):
+            continue
         try:
-            factors = split(model.get_submodule(name), config.method, share)
+            factors = split(layer, config.method, share, empty=not context.batches)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise TrialError(
                 f"a factorized layer must have finite weights, but those of {name} have no singular values "
@@ -91,13 +95,14 @@ def layers_of(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{child}" for child, _ in module.named_children()] if isinstance(module, Factorized) else [name]
 
 
-def split(layer: nn.Module, method: Method, share: float) -> Factorized:
+def split(layer: nn.Module, method: Method, share: float, *, empty: bool = False) -> Factorized:
     """The factors of a layer, whose own weights stay as they are.
 
     Args:
         layer: Linear or a convolution without groups.
         method: How convolutions are split whose kernel has more than one weight.
         share: Of the full rank that stays, in (0, 1]; at 1 the factors compute what the layer does.
+        empty: Leave their weights zero, which takes no decomposition.
     """
     way = way_of(layer, method)
     ranks = way.ranks(share)
@@ -105,7 +110,8 @@ def split(layer: nn.Module, method: Method, share: float) -> Factorized:
     # Only the last one has a bias: before a factor that pads, it would make the padding something else than zero.
     factors = [shape.build(layer, has_bias=shape is shapes[-1] and bias is not None) for shape in shapes]
     with torch.no_grad():
-        for factor, values in zip(factors, way.weights(ranks), strict=True):
+        weights = [torch.zeros(()) for _ in factors] if empty else way.weights(ranks)
+        for factor, values in zip(factors, weights, strict=True):
             factor.weight.copy_(values)
         if bias is not None:
             factors[-1].bias.copy_(bias)
@@ -189,7 +195,7 @@ def _broken(model: nn.Module, forward: Forward, names: Sequence[str]) -> dict[st
 
 
 def _why_broken(model: nn.Module, forward: Forward, names: Sequence[str]) -> str | None:
-    candidate = copy.deepcopy(model).eval()
+    candidate = copy_of(model).eval()
     try:
         with torch.no_grad():
             before = forward(candidate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,20 @@ def least_error(
     return low, high
 
 
+def check_calibrated(*values: float) -> None:
+    """Refuse activations, or the ends of their range, that have no grid.
+
+    Raises:
+        TrialError: One isn't finite.
+    """
+    for value in values:
+        if not isfinite(value):
+            raise TrialError(
+                f"activations must be finite to be calibrated, but one is {value}; check model and data, or train "
+                "with a lower learning rate"
+            )
+
+
 class Histogram:
     """Counts all values of a tensor that comes in batches; its memory (64 KiB) doesn't grow with them.
 
@@ -134,11 +149,7 @@ class Histogram:
         """
         x = x.detach().float().flatten()
         largest = float(x.abs().amax())
-        if not largest < float("inf"):
-            raise TrialError(
-                f"activations must be finite to be calibrated, but one is {largest}; check model and data, or train "
-                "with a lower learning rate"
-            )
+        check_calibrated(largest)
         if self._counts is None:
             self._limit = max(largest, _SMALLEST)
             self._counts = torch.zeros(2 * _BINS, dtype=torch.int64, device=x.device)

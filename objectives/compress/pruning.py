@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import JobError
-from paretune.objectives.compress.importance import importance
+from paretune.objectives.compress.importance import importance, in_parts
 from paretune.objectives.data.inputs import call
 from paretune.objectives.imports import closest
+from paretune.spaces.copies import copy_of
 from paretune.spaces.graph import DependencyGraph, Forward, prune
 from paretune.spaces.grid import kept_of, ratio_of
 from paretune.spaces.multihead import open_multihead
-from paretune.spaces.plan import Pruning
+from paretune.spaces.plan import COARSE, Pruning
 
 if TYPE_CHECKING:
     from paretune.objectives.compress import Context
-
-_COARSE = 0.7
-"""Share of the removed channels that importance alone decides, where sensitivity decides the rest."""
 
 _FINE_STEPS = 2
 """Steps of the fine part, times the number of groups."""
@@ -47,12 +45,18 @@ def prune_channels(model: nn.Module, config: Pruning, context: Context, fraction
     wanted = {name: ratio for name, ratio in config.ratios.items() if ratio > 0}
     for name in wanted.keys() - context.channels.keys():
         raise JobError("prune.ratios", "must name groups of the model", name, closest(name, context.channels))
-    kept = {name: kept_of(ratio * fraction, context.channels[name]) for name, ratio in wanted.items()}
+    kept = {name: _kept(name, ratio * fraction, context) for name, ratio in wanted.items()}
     if kept:
         open_multihead(model.eval(), context.forward)  # before an importance looks at what would be replaced
         score = importance(config.importance, model, context) if context.batches else None
         prune(model, context.forward, kept, importance=score)
     return model
+
+
+def _kept(name: str, ratio: float, context: Context) -> int:
+    """Channels that stay of a group, in whole units of the dense one: those of one that was cut may be smaller."""
+    unit = context.units.get(name, 1)
+    return unit * ceil(kept_of(ratio, context.channels[name]) / unit)
 
 
 def resolve_pruning(model: nn.Module, config: Pruning, context: Context, *, by_sensitivity: bool = False) -> Pruning:
@@ -113,7 +117,7 @@ class _Ranking:
 
     def pruned(self, forward: Forward, kept: dict[str, int]) -> nn.Module:
         """A copy of the model in eval mode, with so many channels left in each group."""
-        model = copy.deepcopy(self.model)
+        model = copy_of(self.model)
         root_name = _root_namer(model)
         prune(model, forward, kept, importance=lambda group: self.raw[root_name(group)])
         return model.eval()
@@ -125,7 +129,7 @@ def _root_namer(model: nn.Module) -> Callable[[Any], str]:
 
 
 def _ranking(model: nn.Module, config: Pruning, context: Context) -> _Ranking:
-    dense = copy.deepcopy(model)
+    dense = copy_of(model)
     graph = DependencyGraph(dense, context.forward)  # may rewrite attentions, and so comes first
     score, root_name = importance(config.importance, dense, context), _root_namer(dense)
     raw: dict[str, Tensor | None] = {}
@@ -185,7 +189,7 @@ def _by_sensitivity(ranking: _Ranking, kept: Mapping[str, int], context: Context
     stay, total = sum(kept.values()), sum(context.grids[name][-1] for name in kept)
     if stay == total:
         return dict(kept)
-    coarse = _by_importance(ranking, _COARSE * (1 - stay / total), context.grids, at_most=True)
+    coarse = _by_importance(ranking, COARSE * (1 - stay / total), context.grids, at_most=True)
     chosen = dict(coarse)
     missing = sum(coarse.values()) - stay
     stride = ceil(missing / (_FINE_STEPS * len(kept)))
@@ -216,6 +220,8 @@ def _by_sensitivity(ranking: _Ranking, kept: Mapping[str, int], context: Context
 def _loss(ranking: _Ranking, kept: dict[str, int], context: Context) -> float:
     """The mean loss over the context's batches of a copy that is pruned and not trained."""
     pruned = ranking.pruned(context.forward, kept)
+    total = 0.0
     with torch.no_grad():
-        losses = [float(context.task.loss(call(pruned, batch.inputs), batch.targets)) for batch in context.batches]
-    return sum(losses) / len(losses)
+        for inputs, targets, share in chain.from_iterable(map(in_parts, context.batches)):
+            total += share * float(context.task.loss(call(pruned, inputs), targets))
+    return total / len(context.batches)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paretune.errors import TrialError
 from paretune.objectives.compress.layers import replace_module, why_special
 from paretune.objectives.compress.lowrank import layers_of
-from paretune.objectives.compress.observers import Histogram, Levels, find_range
+from paretune.objectives.compress.observers import Histogram, Levels, check_calibrated, find_range
 from paretune.objectives.compress.readers import trace_readers
 from paretune.objectives.compress.schemes import Scheme, Schemes
 from paretune.objectives.data.inputs import call
@@ -90,8 +90,13 @@ class StaticQuantizer(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """End the calibration: fix the grid from the values seen. Later calls change nothing."""
+        """End the calibration: fix the grid from the values seen. Later calls change nothing.
+
+        Raises:
+            TrialError: A value wasn't finite.
+        """
         self.calibrating = False
+        check_calibrated(float(self.low), float(self.high))
         if self._seen is not None:
             low, high = self._seen.range(self.levels, self._observer, self.low, self.high)
             self.low.copy_(low)

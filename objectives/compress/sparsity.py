@@ -42,7 +42,8 @@ def sparsify(model: nn.Module, config: Sparsification, _context: Context, fracti
     """Set weights to zero, in place; those that are zero already go first, and so stay zero.
 
     A pattern N:M parts the inputs of each output, at each position of a kernel, into blocks of M neighbours, of which
-    the N largest magnitudes stay. Inputs beyond the last whole block stay dense, as kernels have no pattern for them.
+    the N largest magnitudes stay. Inputs beyond the last whole block stay dense, as kernels have no pattern for them:
+    all, where pruning left fewer than M.
 
     Args:
         model: Not factorized in the layers of the config.
@@ -51,7 +52,7 @@ def sparsify(model: nn.Module, config: Sparsification, _context: Context, fracti
             share of it is worth anything, and removed channels would shift its blocks.
 
     Raises:
-        TrialError: A layer has no weight, or too few inputs for the pattern.
+        TrialError: A layer has no weight, or is a convolution in groups with fewer inputs than the pattern needs.
     """
     blocks = config.blocks
     for name, share in config.sparsity.items():
@@ -62,7 +63,7 @@ def sparsify(model: nn.Module, config: Sparsification, _context: Context, fracti
             _zero_smallest(weight, round(share * fraction * weight.numel()))
             continue
         layer = model.get_submodule(name)
-        if not can_sparsify(layer, config.pattern):
+        if getattr(layer, "groups", 1) > 1 and not can_sparsify(layer, config.pattern):  # as in the dense model
             raise TrialError(
                 f"a layer must have at least {blocks[1]} inputs for each output to be sparse in the pattern "
                 f"{config.pattern}, but {name} ({type(layer).__name__}) has {_inputs(layer)}; leave it out"

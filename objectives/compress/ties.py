@@ -82,13 +82,13 @@ class _Clusters:
     Args:
         weight: What is trained.
         index: Cluster of each weight, in the weight's shape.
-        count: Clusters.
+        count: Clusters, at most 256: an index takes a byte.
     """
 
     def __init__(self, weight: nn.Parameter, index: Tensor, count: int) -> None:
         self._weight = weight
-        self._index = index
-        self._sizes = index.flatten().bincount(minlength=count).double()
+        self._index = index.flatten().to(torch.uint8)
+        self._sizes = index.flatten().bincount(minlength=count).float()
 
     def __call__(self) -> None:
         gradient = self._weight.grad
@@ -96,7 +96,7 @@ class _Clusters:
             return
         if self._index.device != gradient.device:
             self._index, self._sizes = self._index.to(gradient.device), self._sizes.to(gradient.device)
-        # In double precision: a sum over a million float32 numbers would lose digits.
-        flat = gradient.double().flatten()
-        sums = torch.zeros_like(self._sizes).index_add_(0, self._index.flatten(), flat)
-        gradient.copy_((sums / self._sizes)[self._index])
+        index = self._index.int()  # which `index_add_` takes, and bytes it doesn't
+        # The sum of a million numbers in single precision is right to four digits: enough for a step of training.
+        sums = torch.zeros_like(self._sizes).index_add_(0, index, gradient.flatten().float())
+        gradient.copy_((sums / self._sizes).index_select(0, index).view_as(gradient))

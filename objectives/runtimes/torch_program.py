@@ -7,7 +7,6 @@ no pickle, no code, which `torch.export.load` can't promise.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import operator
@@ -28,6 +27,7 @@ from paretune.objectives.compress.layers import replace_module
 from paretune.objectives.compress.quantization import QuantizedLayer, block_size
 from paretune.objectives.data.inputs import Inputs, attention_in_parts, map_tensors, tensors
 from paretune.objectives.runtimes.onnx_export import input_names
+from paretune.spaces.copies import copy_of
 
 _VERSION = 2
 _READABLE = (1, 2)
@@ -146,7 +146,7 @@ def write_program(module: nn.Module, inputs: Inputs, path: Path) -> None:
         TrialError: `torch.export` can't trace the module with a free batch dimension, it uses operations that aren't
             PyTorch's own, or a layer is quantized in a way that these runtimes don't execute.
     """
-    module = copy.deepcopy(module).cpu().eval()
+    module = copy_of(module).cpu().eval()
     layers, stored = _take_quantized(module)
     exported = _export(module, map_tensors(Tensor.cpu, inputs))
     signature = exported.graph_signature

@@ -103,6 +103,24 @@ def test_one_shot_trains_in_floats_and_then_through_quantizers(parts: list[Part]
     assert {part.calibrating for part in module.modules() if isinstance(part, QuantizedLayer)} == {False}
 
 
+@pytest.mark.parametrize(("bits", "moving"), [(BITS, 8), ({}, 11)], ids=["quantized", "floats"])
+def test_batch_norm_is_frozen_before_it_is_folded(
+    compressed: Any, problem: Problem, monkeypatch: pytest.MonkeyPatch, bits: dict[str, int], moving: int
+) -> None:
+    """0.3 of 11 steps in floats, or of all 16."""
+    counts = [int(problem.model.build().get_buffer("bn1.num_batches_tracked"))]
+
+    def watched(model: nn.Module, *rest: Any, **more: Any) -> TrainingReport:
+        report = fit(model, *rest, **more)
+        if isinstance(norm := model.get_submodule("bn1"), nn.BatchNorm2d):
+            counts.append(int(norm.get_buffer("num_batches_tracked")))
+        return report
+
+    monkeypatch.setattr(course, "fit", watched)
+    compressed(CompressionPlan(quantize=Quantization(bits=bits), finetune=TEACHES_ITSELF), freeze_batchnorm=0.3)
+    assert counts[1] - counts[0] == moving
+
+
 def test_post_training_quantization_trains_in_floats_alone(parts: list[Part], compressed: Any) -> None:
     quantize = Quantization(bits=BITS, aware=False)
     module, report = compressed(CompressionPlan(quantize=quantize, finetune=TEACHES_ITSELF))
@@ -159,6 +177,27 @@ def test_without_epochs_nothing_is_trained_but_all_is_compressed(
     if text == "one-shot":  # the channels that go in several cuts may be other ones: each cut looks anew
         assert all(torch.equal(weight(module, name), weight(expected, name)) for name in LAYERS)
     assert all(isinstance(module.get_submodule(name), QuantizedLayer) for name in LAYERS)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5])
+@pytest.mark.parametrize("clusters", [2, 16, 256])
+def test_trained_codebooks_are_shared_again_without_a_change(
+    problem: Problem, known: Context, clusters: int, zeros: float
+) -> None:
+    """As it happens to those that are quantized after the training."""
+    torch.manual_seed(0)
+    plan = CompressionPlan(
+        sparsify=Sparsification(sparsity={"fc1": zeros}), share=Sharing(clusters={"fc1": clusters, "conv2": clusters})
+    )
+    module = compress_numerics(compress_structure(problem.model.build(), plan, known), plan, known)
+    for name in plan.share.clusters:
+        found = weight(module, name)
+        values, index = found.unique(return_inverse=True)
+        moved = values * (1 + torch.randn(len(values)) * 0.3)  # apart from each other, and zeros nowhere
+        found.copy_(moved[index])
+        assert 2 <= len(found.unique()) <= clusters
+    again = compress_numerics(module, plan, known)
+    assert all(torch.equal(weight(again, name), weight(module, name)) for name in plan.share.clusters)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9], ids=["plain", "averaged"])

@@ -241,6 +241,77 @@ def test_tokens_have_their_channels_last(batch: Batch) -> None:
     assert loss_of(attached, student, batch) < 1
 
 
+class Patches(nn.Module):
+    """A convolution whose map becomes tokens, as a vision transformer's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(1, width, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x).flatten(2).transpose(1, 2)
+
+
+class Pixels(nn.Module):
+    """Linear layers on the last axis of a map, which then gets its channels to the front, as ConvNeXt's blocks do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(1, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def pooled(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "layer", "channels"),
+    [
+        pytest.param(Patches(6), Patches(4), "0", (4, 6), id="patches"),
+        pytest.param(Patches(6), Patches(6), "0", (6, 6), id="equal patches"),
+        pytest.param(Patches(16), Patches(12), "0", (12, 16), id="as many patches as channels"),
+        pytest.param(Pixels(6), Pixels(6), "0", (6, 6), id="moved to the front"),
+        pytest.param(
+            nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 5, 3), nn.ReLU()),
+            nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 3, 3), nn.ReLU()),
+            "0.2",
+            (3, 5),
+            id="after a convolution",
+        ),
+        pytest.param(
+            nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 5, 3), nn.ReLU()),
+            nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 5, 3, stride=2), nn.ReLU()),
+            "0.2",
+            (5, 5),
+            id="other lengths",
+        ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()),
+            "0.1",
+            (8, 8),
+            id="as many rows as channels",
+        ),
+    ],
+)
+def test_channels_are_told_from_positions(
+    batch: Batch, teacher: nn.Module, student: nn.Module, layer: str, channels: tuple[int, int]
+) -> None:
+    attached = Hints(pooled(teacher), [layer]).attach(pooled(student), batch)
+    weight, _ = attached.parameters()
+    assert tuple(weight.shape) == channels[::-1]
+
+
+@pytest.mark.parametrize("net", [Patches(16), nn.Sequential(nn.Flatten(2), nn.Flatten(1, 1))])
+def test_channels_that_cant_be_told_are_refused(batch: Batch, net: nn.Module) -> None:
+    message = r"channels can be told from positions, but got 0 of the teacher with \(96, \d+, \d+\); name a convolution"
+    with pytest.raises(JobError, match=message):
+        Hints(pooled(net), ["0"]).attach(pooled(copy.deepcopy(net)), batch)
+
+
 class Odd(PlainCNN):
     """Has a layer that never runs, and one that returns two tensors."""
 
@@ -311,6 +382,13 @@ def test_hints_are_tried_with_the_first_teacher(digit_splits: Splits) -> None:
         check_teaching(fresh(), [other, fresh(1)], digit_splits, Classification(), ["fc1"])
 
 
+def test_a_variant_without_the_layer_is_named(digit_splits: Splits) -> None:
+    variant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    message = r"^finetune\.hints must name layers of model\.variants\.slim, but got 'fc1'; known are 0, 1 \(name layers"
+    with pytest.raises(JobError, match=message):
+        check_teaching(variant, [fresh()], digit_splits, Classification(), ["fc1"], role="model.variants.slim")
+
+
 # ---------------------------------------------------------------- the job
 
 JOB = {"name": "a", "model": {"factory": "project:build", "args": {"width": 2}}, "data": "digits"}
@@ -348,7 +426,7 @@ def test_one_other_teacher_is_called_so() -> None:
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        pytest.param([], r"^teacher must have at least 1 item", id="none"),
+        pytest.param([], r"^teacher must name at least one model, but got \[\]; write same", id="none"),
         pytest.param(["same", "same"], r"^teacher must not repeat an entry, but got 'same'", id="twice"),
         pytest.param(["same", "some"], r"^teacher\[1\] must be 'same', but got 'some'", id="unknown"),
         pytest.param([None], r"^teacher\[0\] must be a mapping of keys, but got None", id="null"),
@@ -363,7 +441,8 @@ def test_wrong_lists_of_teachers(teacher: Any, message: str) -> None:
 
 @pytest.mark.parametrize("hints", [[], ["a", "b.c"], {"a": "b"}], ids=["none", "list", "mapping"])
 def test_hints_survive_being_written(tmp_path: Path, hints: Any) -> None:
-    job = make_job({**JOB, "finetune": {"hints": hints, "augment": ["mixup", "crop"]}})
+    space = {"hint_weight": [0, 1]} if hints else {}
+    job = make_job({**JOB, "space": space, "finetune": {"hints": hints, "augment": ["mixup", "crop"]}})
     (tmp_path / "job.yaml").write_text(job.to_yaml())
     again = load_job(tmp_path)
     assert again.finetune.hints == hints
@@ -380,6 +459,16 @@ def test_hints_survive_being_written(tmp_path: Path, hints: Any) -> None:
             {"finetune": {"hints": ["a"]}, "teacher": None},
             r"finetune\.hints must be empty without a teacher.*teacher: same",
             id="without teacher",
+        ),
+        pytest.param(
+            {"finetune": {"hints": ["a"]}},
+            r"^space\.hint_weight must reach above 0 with finetune\.hints, but got \[0\.0, 0\.0\]; write e\.g",
+            id="without weight",
+        ),
+        pytest.param(
+            {"space": {"hint_weight": [0, 1]}},
+            r"^space\.hint_weight must be 0 without finetune\.hints, but got \[0\.0, 1\.0\]; name layers",
+            id="weight alone",
         ),
         pytest.param({"finetune": {"augment": ["crp"]}}, r"^finetune\.augment\[0\].*did you mean 'crop'", id="augment"),
     ],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from paretune.errors import JobError, TrialError
+from paretune.objectives import gradient
 from paretune.objectives.data import Inputs, Split, Splits
 from paretune.objectives.data.residency import make_resident
 from paretune.objectives.data.splits import Batch, Mix
@@ -245,6 +246,22 @@ def test_the_teacher_computes_each_sample_once(small: Splits, trained: nn.Module
     assert counting.samples == 256
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_teacher_is_as_precise_as_the_training_unless_it_is_kept(
+    small: Splits, trained: nn.Module, cached: bool
+) -> None:
+    teaching, hinting = copy.deepcopy(trained), copy.deepcopy(trained)
+    seen: dict[nn.Module, torch.dtype] = {}
+    for net in (teaching, hinting):
+        net.register_forward_hook(lambda net, _inputs, output: seen.update({net: output.dtype}))
+    teacher = Teacher(teaching, len(small.train), cached=cached)
+    config = Finetuning(learning_rate=1e-3, distillation_weight=0.5, hint_weight=0.1)
+    options = replace(OPTIONS, precision="bfloat16")
+    training = Training(small, Classification(), options, teacher, hints=Hints(hinting, ["conv2"]))
+    fit(fresh(), training, config, training.batches(0), range(2), 2)
+    assert seen == {teaching: torch.float32 if cached else torch.bfloat16, hinting: torch.bfloat16}
+
+
 def test_the_teacher_of_augmented_data_isnt_cached(small: Splits, trained: nn.Module) -> None:
     def flip(inputs: Inputs, generator: torch.Generator) -> Inputs:
         assert isinstance(inputs, Tensor)
@@ -334,13 +351,13 @@ class Crowded(nn.Module):
 
 
 def train_crowded(
-    splits: Splits, model: nn.Module, *, batch_size: int, steps: int = 6, micro_batch: int | None = None
+    splits: Splits, model: nn.Module, *, batch_size: int, steps: int = 6, before: TrainingReport | None = None
 ) -> TrainingReport:
     torch.manual_seed(1)
     teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), len(splits.train), cached=True)
     training = Training(splits, Classification(), replace(OPTIONS, batch_size=batch_size), teacher)
     config = Finetuning(learning_rate=3e-3, distillation_weight=0.5)
-    return fit(model, training, config, training.batches(0), range(steps), steps, micro_batch=micro_batch)
+    return fit(model, training, config, training.batches(0), range(steps), steps, before=before)
 
 
 @pytest.mark.parametrize(
@@ -370,8 +387,8 @@ def test_out_of_memory_the_step_is_done_in_parts(
 def test_what_a_failed_step_left_is_dropped(small: Splits) -> None:
     """The second half fails when the gradient of the first is there already."""
     whole, crowded = Crowded(64), Crowded(64, fails=(1,))
-    train_crowded(small, whole, batch_size=64)
-    assert train_crowded(small, crowded, batch_size=64, micro_batch=32).micro_batch == 16
+    before = replace(train_crowded(small, whole, batch_size=64), micro_batch=32)
+    assert train_crowded(small, crowded, batch_size=64, before=before).micro_batch == 16
     assert crowded.sizes[:6] == [32, 32, 16, 16, 16, 16]
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(crowded.state_dict()[name], tensor, atol=1e-5, rtol=1e-5)
@@ -381,8 +398,29 @@ def test_a_next_part_begins_with_the_size_that_fitted(small: Splits) -> None:
     crowded = Crowded(20)
     report = train_crowded(small, crowded, batch_size=64)
     crowded.sizes.clear()
-    assert train_crowded(small, crowded, batch_size=64, micro_batch=report.micro_batch) == report
+    assert train_crowded(small, crowded, batch_size=64, before=report) == report
     assert max(crowded.sizes) == 16
+
+
+def test_a_next_part_begins_with_the_loss_scale_that_fitted(small: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16, which jobs get on a GPU alone; the weights of a step that is skipped stay as they are."""
+    monkeypatch.setattr(gradient, "float_format", lambda *_: torch.float16)
+    model = fresh()
+    with torch.no_grad():
+        model.get_parameter("fc2.weight").mul_(100)
+
+    def train_on(before: TrainingReport | None) -> tuple[TrainingReport, bool]:
+        weight = model.get_parameter("fc2.weight").detach().clone()
+        report = run(small, model, replace(OPTIONS, batch_size=256), steps=1, before=before)
+        return report, not torch.equal(weight, model.get_parameter("fc2.weight"))
+
+    report, moved = train_on(None)
+    assert (report.loss_scale, moved) == (2.0**15, False)
+    while not moved:
+        scale = report.loss_scale
+        report, moved = train_on(report)
+    assert report.loss_scale == scale, "half of the one that was too large, and it fits"
+    assert train_on(report)[1]
 
 
 def test_a_sample_that_doesnt_fit_fails_the_trial(small: Splits) -> None:

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -57,6 +58,30 @@ def test_the_pace_reaches_either_optimizer() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
     assert sgd.param_groups[0]["momentum"] == 0.87
     assert adamw.param_groups[0]["betas"] == (0.87, 0.999)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_tied_stays_equal_bit_for_bit(name: Literal["sgd", "adamw"]) -> None:
+    """Also where a tensor doesn't fill vector registers, whatever the order in memory, and in the average."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3 * 3 * 16 * 7 + 5,), (79,), (6, 5, 3, 3)] * 100
+    weights = [nn.Parameter(torch.randn((), generator=generator).expand(shape).clone()) for shape in shapes]
+    for weight in weights[2::3]:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    model = nn.ParameterList(weights)
+    optimizer = make_optimizer(weights, replace(OPTIONS, optimizer=name, weight_decay=1e-2), tied=True)
+    average = Average(model, 0.9)
+    for step in range(50):
+        set_pace(optimizer, 1e-2, pace(step, 50, ONE_CYCLE))
+        for weight in weights:
+            weight.grad = torch.randn((), generator=generator).expand(weight.shape).clone()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        average.update()
+    torn = [len(weight.unique()) for weight in weights]
+    average.put()
+    torn += [len(weight.unique()) for weight in weights]
+    assert set(torn) == {1}
 
 
 def run(
@@ -123,6 +148,7 @@ def test_each_part_is_judged_by_itself() -> None:
     seen, positions = run([1.0] * 100, PATIENT, schedule=range(60))
     assert positions.cut
     assert (len(seen), seen[-1]) == (30, 59), "the next part begins where this one should have ended"
+    assert run([1.0] * 100, PATIENT, schedule=range(69, 100))[1].cut, "31 steps are more than three times 10"
 
 
 def test_a_gpu_sees_a_plateau_some_steps_later() -> None:

@@ -540,6 +540,11 @@ def test_a_space_of_every_technique(tmp_path: Path) -> None:
     [
         ("scope: all", r"space\.scope must be 'layer', 'global' or 'threshold'"),
         ("schedule: [linear]", r"space\.schedule\[0\] must be one-shot, or"),
+        ("schedule: [cubic:1000]", r"space\.schedule\[0\] must be one-shot, or .* with 2 to 100 cuts"),
+        ("schedule: cubic:3", r"space\.schedule must be a list of choices, but got 'cubic:3'; write \['cubic:3'\]"),
+        ("affine: true", r"space\.affine must be a list of choices, but got True; write \[true\]"),
+        ("clusters: 16", r"space\.clusters must be a list of choices, but got 16; write \[16\]"),
+        ("pattern: '2:4'", r"space\.pattern must be 'auto' or a list of patterns, but got '2:4'; write \['2:4'\]"),
         ("schedule: []", r"space\.schedule must have at least 1 item"),
         ("method: [svd]", r"space\.method\[0\] must be 'tucker' or 'spatial'"),
         ("pattern: []", r"space\.pattern"),

@@ -78,6 +78,30 @@ def test_the_space_has_what_is_offered(job: Job, problem: Problem, profiled: Pro
     assert replace(space, variants={}) == replace(space.variants["twin"], variants={})
 
 
+def test_a_layer_too_narrow_for_one_pattern_has_the_others(
+    tiny: TinyJob, problem: Problem, profiled: Profile, floats: int, tmp_path: Path
+) -> None:
+    job = tiny(tmp_path, space=AUTO | {"pattern": ["unstructured", "2:4"]})
+    both = [Tried("sparsify", "", pattern, {}, True, "") for pattern in job.space.pattern]
+    space = make_job_space(job, problem, replace(profiled, tried=tuple(both)), floats)
+    assert (space.sparse, space.narrow) == (("0", "3"), {"0": ("2:4",)})
+    assert space.uniform(sparsity=0.5).sparsify.sparsity.keys() == {"0", "3"}
+    only = make_job_space(
+        tiny(tmp_path, space=AUTO | {"pattern": ["2:4"]}), problem, replace(profiled, tried=tuple(both)), floats
+    )
+    assert (only.sparse, only.narrow) == (("3",), {})
+
+
+def test_layers_whose_factors_hardly_save_stay_whole(
+    job: Job, problem: Problem, profiled: Profile, floats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"0": 0.12, "3": 0.125}
+    layers = [problem.model.build().get_submodule(name) for name in limits]
+    kinds = dict(zip([layer.weight.shape for layer in layers], limits.values(), strict=True))
+    monkeypatch.setattr("paretune.search.techniques.largest_share", lambda layer, method: kinds[layer.weight.shape])
+    assert make_job_space(job, problem, profiled, floats).ranks == {"3": 0.125}
+
+
 def test_a_profile_is_read_back(job: Job, problem: Problem, profiled: Profile, floats: int, tmp_path: Path) -> None:
     profiled.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "techniques.json"}
@@ -103,6 +127,28 @@ def test_a_space_without_anything_is_refused(job: Job, problem: Problem, profile
     with pytest.raises(JobError, match=r"prune \(50% of all channels\) saves less than 3% of macs") as caught:
         make_job_space(job, alone, replace(nothing(profiled), variants={}), floats)
     assert caught.value.where == "space"
+
+
+def test_a_job_that_switches_on_what_its_model_cant_do_is_refused(
+    tiny: TinyJob, problem: Problem, baseline: Baseline, floats: int, tmp_path: Path
+) -> None:
+    off = {"quantize": False, "factorize": False, "sparsify": False, "share": False}
+    for scope in ("layer", "global"):
+        job = tiny(tmp_path, space={"prune": True, "exclude": ["*"], "scope": scope, **off})
+        bare = replace(problem, exclude=("*",), variants={})
+        profile = profile_job(job, bare, baseline, bare.analyse())
+        with pytest.raises(JobError, match=r"space must leave something to compress, but got no layer.*exclude fewer"):
+            make_job_space(job, bare, profile, floats)
+
+
+@pytest.mark.parametrize(("pattern", "near"), [("30", "'3'"), ("[0-4]x", "'"), pytest.param("", "'", id="nothing")])
+def test_patterns_that_exclude_nothing_are_refused(
+    tiny: TinyJob, problem: Problem, baseline: Baseline, tmp_path: Path, pattern: str, near: str
+) -> None:
+    job = tiny(tmp_path, space={"exclude": ["3", pattern]})
+    message = rf"space\.exclude\[1\] must match a layer of the model, but got '.*'; did you mean {near}"
+    with pytest.raises(JobError, match=message):
+        profile_job(job, problem, baseline, problem.analyse())
 
 
 def test_variants_alone_are_a_choice(job: Job, problem: Problem, profiled: Profile, floats: int) -> None:
@@ -131,7 +177,8 @@ def test_what_the_job_leaves_open_is_a_choice(
     settings: dict[str, Any],
     expected: set[str],
 ) -> None:
-    job = tiny(tmp_path, space=AUTO | settings)
+    hints: dict[str, Any] = {"finetune": {"hints": ["3"]}} if "hint_weight" in settings else {}
+    job = tiny(tmp_path, space=AUTO | settings, **hints)
     names = make_job_space(job, problem, profiled, floats).distributions().keys()
     own = {name for name in names if not name.startswith("twin/")}
     always = {"rank/3", "sparsity/0", "sparsity/3", "factorize", "sparsify", "variant"}

@@ -359,9 +359,58 @@ def test_the_layer_map_shows_ranks_zeros_and_codebooks(tmp_path: Path) -> None:
     assert _cells(html, "block2.conv1") == [cell.split()[0] for cell in _cells(html, "block2.conv1")]
     text = re.sub(r"\s+", " ", _text(html))
     assert "architecture slim \u2013 \u2013 \u2013 \u2013" in text
-    assert "cuts \u2013 \u2013 3, cubic" in text
+    assert "cuts \u2013 \u2013 4, cubic" in text
     assert "factors of convolutions spatial \u2013" in text
     assert "zeros \u2013" not in text, "what no point has isn't listed"
+
+
+def test_the_layer_map_knows_the_layers_of_variants(tmp_path: Path) -> None:
+    front = _front()
+    plan = front["points"][1]["plan"]
+    plan |= {"variant": "slim", "prune": {"ratios": {"b": 0.5}}, "quantize": {"bits": {"block1.conv2": 4, "own": 8}}}
+    run = _write(tmp_path / "run", front, [])
+    analysis = json.loads((run / "analysis.json").read_text())
+    own = [{"name": "block1.conv2", "kind": "Linear", "group": "b"}, {"name": "own", "kind": "Conv3d", "group": None}]
+    (run / "analysis.json").write_text(json.dumps(analysis | {"variants": {"slim": {"layers": own}}}))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert _cells(html, "block1.conv2") == ["8", "4", "8", "8", "8"]
+    assert _cells(html, "block2.conv1")[1] == "\u2013", "slim has no such layer"
+    assert _cells(html, "block2.conv1")[0] != "\u2013"
+    row = re.search(r'<th scope="row">own</th>.*?</tr>', html, flags=re.S)
+    assert row
+    assert "Conv3d" in row[0]
+    assert re.findall(r'"c fixed">([^<]+)<', row[0]) == ["\u2013", "8", *["\u2013"] * 3]
+    pruned = re.search(r'<th scope="row" title="group block1.conv2">.*?</tr>', html, flags=re.S)
+    assert pruned
+    assert re.findall(r'"c (r\d|fixed)"', pruned[0])[1] == "r5", "by the variant's own group"
+
+
+def test_the_layer_map_says_which_widths_are_only_simulated(tmp_path: Path) -> None:
+    front = _front()
+    plan = front["points"][0]["plan"]
+    plan["quantize"] = {"bits": {"block1.conv2": 2, "block2.conv1": 8, "stem": 4}, "activations": "float"}
+    plan["factorize"] = {"ranks": {"block2.conv1": 0.5}}
+    run = _write(tmp_path / "run", front, [])
+    executed = {"block1.conv2": 8, "block2.conv1.0": 16, "block2.conv1.1": 16, "stem": 4}
+    record = run / "trials" / str(front["points"][0]["trial"]) / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"deployments": {"": {"executed": executed}}}))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert _cells(html, "block1.conv2")[0] == "2 (runs in 8)"
+    assert _cells(html, "block2.conv1")[0] == "8 (runs in 16) r50"
+    assert "(runs in" not in "".join(_cells(html, "block1.conv2")[1:]), "no record of the other trials"
+    assert re.search(r"activations float( \u2013){4}", re.sub(r"\s+", " ", _text(html)))
+    record.write_text("{}")
+    assert _cells(write_report(run).read_text(encoding="utf-8"), "block1.conv2")[0] == "2"
+
+
+def test_the_layer_map_lists_how_layers_are_quantized(tmp_path: Path) -> None:
+    front = _front()
+    section = {"observer": "mse", "aware": False, "granularity": "per-tensor", "affine": True, "activations": "float"}
+    front["points"][0]["plan"]["quantize"] |= section
+    text = re.sub(r"\s+", " ", _text(write_report(_write(tmp_path / "run", front, [])).read_text(encoding="utf-8")))
+    for row in ("observer mse", "trained through quantizers no", "scales of weights per-tensor", "zero point yes"):
+        assert f"{row} \u2013" in text
 
 
 def test_what_each_technique_brought_is_a_table(run: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import pytest
 
-from paretune.errors import JobError, TrialError
+from paretune.errors import JobError, SearchError, TrialError
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.measurement import Measurement
 from paretune.search.job import Job, make_job
-from paretune.search.techniques import GAIN, Tried, restrict, try_techniques, wanted
+from paretune.search.techniques import GAIN, Executes, Tried, restrict, try_techniques, wanted
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import Options, SearchSpace
 from tests.records import on_target
@@ -29,22 +29,28 @@ SPACE = SearchSpace(
 )
 BASELINE = Measurement({"": on_target(0.9, 4.0, size=1000), "big": on_target(0.9, 40.0, size=1000)}, 200, 3000)
 DENSE = {key: float(value) for key, value in BASELINE.to_dict().items()}
+WITHOUT = SPACE.uniform()
 TECHNIQUES = ("prune", "quantize", "factorize", "sparsify", "share")
 
 
 class Outlines:
-    """Stands in for an evaluator: says what is left of each plan."""
+    """Stands in for an evaluator: says what is left of each plan with a technique in it."""
 
-    def __init__(self, left: Callable[[CompressionPlan], Mapping[str, float]]) -> None:
+    def __init__(
+        self, left: Callable[[CompressionPlan], Mapping[str, float]], without: CompressionPlan = WITHOUT
+    ) -> None:
         self._left = left
+        self._without = without
         self.plans: list[CompressionPlan] = []
 
     def outline(self, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
-        self.plans.append(plan)
+        left = self._left(plan) if plan != self._without else {}
+        if plan != self._without:
+            self.plans.append(plan)
         names = ("latency_ms", "latency_high_ms", "size_bytes", "latency_ms@big", "latency_high_ms@big")
         found = {name: DENSE[name] for name in (*names, "size_bytes@big", "params", "macs")}
         found |= {"latency_high_ms": DENSE["latency_ms"], "latency_high_ms@big": DENSE["latency_ms@big"]}
-        for name, share in self._left(plan).items():
+        for name, share in left.items():
             found[name] = share * found[name]
             if name.startswith("latency_ms"):
                 high = name.replace("latency_ms", "latency_high_ms")
@@ -58,9 +64,14 @@ def job(objectives: tuple[str, ...] = ("accuracy", "latency_ms"), **space: Any) 
     )
 
 
-def tried(found: Job, outlines: Outlines, space: SearchSpace = SPACE) -> list[Tried]:
+def every(layer: str, width: int, activations: str) -> bool:
+    """Whether there is a kernel: as for 8 bits and for 4."""
+    return width in (8, 4) and activations == "quantized"
+
+
+def tried(found: Job, outlines: Outlines, space: SearchSpace = SPACE, executes: Executes = every) -> list[Tried]:
     lines: list[str] = []
-    result = try_techniques(found, cast(Evaluator, outlines), BASELINE, space, lines.append)
+    result = try_techniques(found, cast(Evaluator, outlines), space, executes, lines.append)
     assert len(lines) == 1
     return result
 
@@ -79,8 +90,8 @@ def test_each_technique_is_tried_alone() -> None:
     found = tried(job(), outlines)
     assert [(one.technique, one.value) for one in found] == [
         ("prune", ""),
-        ("quantize", "8"),
-        ("quantize", "4"),
+        ("quantize", "8 quantized"),
+        ("quantize", "4 quantized"),
         ("factorize", "tucker"),
         ("factorize", "spatial"),
         ("sparsify", "unstructured"),
@@ -149,18 +160,126 @@ def test_what_only_gpus_measure_is_judged_by_what_goes_with_it() -> None:
     assert {one.technique for one in found if one.offered} == {"prune", "quantize"}
 
 
-@pytest.mark.parametrize("switch", ["auto", True])
 @pytest.mark.parametrize("error", [TrialError("conv2 was to run in 4 bits"), RuntimeError("no such kernel")])
-def test_what_fails_isnt_offered_and_stops_nothing(switch: Any, error: Exception) -> None:
+@pytest.mark.parametrize("switch", ["auto", True])
+def test_what_fails_is_offered_only_where_the_job_asks_for_it(switch: Any, error: Exception) -> None:
     def fail(plan: CompressionPlan) -> Mapping[str, float]:
         if plan.share.clusters:
             raise error
         return {"latency_ms": 0.5}
 
     found = tried(job(share=switch), Outlines(fail))
-    assert [one.offered for one in found] == [True] * 7 + [False]
+    assert [one.offered for one in found] == [True] * 7 + [switch is True]
     assert str(error) in found[-1].reason
     assert found[-1].left == {}
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), SearchError("stop")])
+def test_what_says_nothing_of_a_technique_stops_the_search(error: Exception) -> None:
+    def fail(plan: CompressionPlan) -> Mapping[str, float]:
+        raise error
+
+    with pytest.raises(type(error)):
+        tried(job(), Outlines(fail))
+
+
+def test_a_space_in_which_nothing_runs_is_refused() -> None:
+    def fail(plan: CompressionPlan) -> Mapping[str, float]:
+        raise TrialError("no kernel")
+
+    with pytest.raises(JobError, match=r"space\.bits must allow a plan that runs.*no kernel"):
+        tried(job(), Outlines(fail, without=SPACE.uniform(0.5)))
+
+
+def test_what_every_plan_has_is_nobodys_merit() -> None:
+    """Where every plan has 8 bits, zeros and codebooks must not be credited with what these save."""
+    space = replace(SPACE, widths={"a": (8,), "b": (8,)}, variants={})
+    smaller = Outlines(lambda plan: {"size_bytes": 0.125 if plan.prune.ratios else 0.25})
+    found = {one.technique: one for one in tried(job(("accuracy", "size_bytes"), share=True), smaller, space)}
+    assert [name for name, one in found.items() if one.offered] == ["prune"]
+    assert (found["prune"].left["size_bytes"], found["sparsify"].left["size_bytes"]) == (0.5, 1)
+    assert found["share"].reason.startswith("excludes itself with 8 bits per channel")
+    assert found["quantize"].reason == "every plan of the space is so"
+    assert found["quantize"].left == found["share"].left == {}
+
+
+def weights_alone(**options: Any) -> SearchSpace:
+    return replace(SPACE, options=replace(OPTIONS, **options))
+
+
+def test_every_way_with_the_activations_is_tried() -> None:
+    space = weights_alone(activations=("quantized", "float"))
+    found = tried(job(("accuracy", "size_bytes")), Outlines(zeros_save_size), space)
+    widths = [(one.value, one.setting) for one in found if one.technique == "quantize"]
+    assert widths == [
+        ("8 quantized", "8 bits"),
+        ("4 quantized", "4 bits"),
+        ("8 float", "8 bits, weights alone, run in floats"),
+        ("4 float", "4 bits, weights alone, run in floats"),
+    ]
+
+    def floats_save(plan: CompressionPlan) -> Mapping[str, float]:
+        return {"size_bytes": 0.5} if plan.quantize.activations == "float" else {}
+
+    kept = restrict(space, tried(job(("accuracy", "size_bytes")), Outlines(floats_save), space))
+    assert kept.options.activations == kept.variants["slim"].options.activations == ("float",)
+    assert kept.widths == SPACE.widths
+
+
+def test_what_is_only_simulated_claims_no_latency() -> None:
+    space = replace(SPACE, widths={"a": (32, 8, 2), "b": (32, 8, 2)}, variants={})
+    faster = Outlines(lambda plan: {"latency_ms": 0.5, "size_bytes": 0.2})
+    by_width = {one.value: one for one in tried(job(), faster, space) if one.technique == "quantize"}
+    assert (by_width["8 quantized"].offered, by_width["2 quantized"].offered) == (True, False)
+    assert by_width["2 quantized"].setting == "2 bits, run in 8"
+    assert by_width["2 quantized"].reason == "saves nothing that counts; it has no kernel, so no latency is its own"
+    wide = tried(job(("accuracy", "latency_ms", "size_bytes")), faster, space)
+    simulated = next(one for one in wide if one.value == "2 quantized")
+    assert (simulated.offered, simulated.reason) == (True, "saves 80% of size_bytes")
+
+
+def test_a_width_with_kernels_for_some_layers_is_tried_on_these_alone_first() -> None:
+    space = replace(SPACE, widths={"a": (32, 8, 4), "b": (32, 8, 4)}, variants={})
+    outlines = Outlines(lambda plan: {"latency_ms": 0.5})
+
+    def large(layer: str, width: int, activations: str) -> bool:
+        return width == 8 or layer == "a"
+
+    found = [one for one in tried(job(), outlines, space, large) if one.technique == "quantize"]
+    assert [(one.setting, one.offered) for one in found] == [
+        ("8 bits", True),
+        ("4 bits", True),
+        ("4 bits, run in 8", False),
+    ]
+    widths = [plan.quantize.bits for plan in outlines.plans[1:4]]
+    assert widths == [{"a": 8, "b": 8}, {"a": 4, "b": 32}, {"a": 4, "b": 4}]
+
+
+def test_memory_isnt_judged_by_bytes_on_disk() -> None:
+    content = job().model_dump(exclude={"targets"}) | {"objectives": ["accuracy", "peak_memory_bytes"]}
+    content["target"] = content["target"] | {"runtime": "tensorrt", "device": "cuda"}
+    found = tried(make_job(content), Outlines(zeros_save_size))
+    assert {one.technique for one in found if one.offered} == {"factorize"}
+    assert next(one for one in found if one.offered).reason == "saves 40% of params"
+
+
+def test_where_nothing_counts_everything_is_offered() -> None:
+    content = job().model_dump(exclude={"target", "targets"}) | {"objectives": ["accuracy", "accuracy@server"]}
+    content["targets"] = [{}, {"name": "server", "batch_size": 4, "objective": False}]
+    found = tried(make_job(content), Outlines(zeros_save_size))
+    assert {(one.offered, one.reason) for one in found} == {
+        (True, "nothing of what is wanted is known before a training")
+    }
+
+
+def test_settings_say_what_was_tried() -> None:
+    bounded = replace(SPACE, grids={}, options=replace(OPTIONS, scope="threshold"))
+    assert tried(job(), Outlines(zeros_save_size), bounded)[0].setting == "channels below 100% of their group's mean"
+    small = replace(SPACE, ranks={"a": 0.2}, variants={})
+    outlines = Outlines(zeros_save_size)
+    found = [one for one in tried(job(), outlines, small) if one.technique == "factorize"]
+    assert [one.setting for one in found] == ["tucker, 12.5% of the rank", "spatial, 12.5% of the rank"]
+    assert [plan.factorize.ranks for plan in outlines.plans if plan.factorize.ranks] == [{"a": 0.125}] * 2
 
 
 def test_a_wrong_job_isnt_taken_for_a_technique_that_fails() -> None:
@@ -184,7 +303,7 @@ def offer(**values: list[str]) -> list[Tried]:
     """Everything was tried, and these values are offered."""
     known = {
         "prune": [""],
-        "quantize": ["8", "4"],
+        "quantize": ["8 quantized", "4 quantized"],
         "factorize": ["tucker", "spatial"],
         "sparsify": ["unstructured", "2:4"],
         "share": [""],
@@ -198,7 +317,11 @@ def offer(**values: list[str]) -> list[Tried]:
 
 def test_restrict_leaves_everything_that_is_offered() -> None:
     everything = offer(
-        prune=[""], quantize=["8", "4"], factorize=["tucker", "spatial"], sparsify=["unstructured", "2:4"], share=[""]
+        prune=[""],
+        quantize=["8 quantized", "4 quantized"],
+        factorize=["tucker", "spatial"],
+        sparsify=["unstructured", "2:4"],
+        share=[""],
     )
     assert restrict(SPACE, everything) == SPACE
 
@@ -207,7 +330,7 @@ def test_restrict_leaves_everything_that_is_offered() -> None:
 def test_restrict_removes_a_technique_and_nothing_else(technique: str) -> None:
     values = {
         "prune": [""],
-        "quantize": ["8", "4"],
+        "quantize": ["8 quantized", "4 quantized"],
         "factorize": ["tucker", "spatial"],
         "sparsify": ["unstructured", "2:4"],
         "share": [""],
@@ -224,7 +347,7 @@ def test_restrict_removes_a_technique_and_nothing_else(technique: str) -> None:
 
 
 def test_restrict_removes_widths_methods_and_patterns() -> None:
-    space = restrict(SPACE, offer(quantize=["8"], factorize=["spatial"], sparsify=["2:4"]))
+    space = restrict(SPACE, offer(quantize=["8 quantized"], factorize=["spatial"], sparsify=["2:4"]))
     assert space.widths == {"a": (32, 8), "b": (32, 8)}
     assert space.variants["slim"].widths == {"a": (32, 8)}
     for own in (space, space.variants["slim"]):

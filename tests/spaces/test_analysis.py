@@ -79,13 +79,13 @@ CASES = [
         nets.Chunk,
         nets.image(),
         {"stem": (16, (), ("wide",))},
-        {"wide": "pruning it breaks `value, gate = self.wide(F.relu(self.stem(x))).chunk(2, 1)`", "head": OUTPUT},
+        {"wide": "its channels go together with others of the same layer", "head": OUTPUT},
     ),
     Case(
         nets.SplitConcat,
         nets.image(),
         {"last": (16, (), ("head",))},
-        {"wide": "pruning it breaks `x = torch.cat", "middle": "pruning it breaks `x = torch.cat", "head": OUTPUT},
+        {"wide": "can't be matched", "middle": "can't be matched", "head": OUTPUT},
     ),
     Case(
         nets.FixedView,
@@ -441,3 +441,50 @@ def test_why_broken_names_the_users_line() -> None:
     assert "self.head(x.view(len(x), 32, -1).mean(2))" in reason
     assert "nets.py" in reason
     assert why_broken(build(case), forward_of(case), {"first": 8}) is None
+
+
+class Gated(nn.Module):
+    """A gate over linear layers with a shortcut, as SwiGLU: without any channel left it would still run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Linear(12, 32), nn.Linear(32, 128)
+        self.down, self.head = nn.Linear(64, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        value, gate = self.up(x).chunk(2, -1)
+        return self.head(x + self.down(torch.relu(gate) * value))
+
+
+class Sliced(nn.Module):
+    """Reads the first half of a layer's channels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 32), nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x))[:, :16])))
+
+
+class Queried(nn.Module):
+    """Gives a view of a parameter straight to a module, as learned queries are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(1, 12))
+        self.norm, self.first, self.head = nn.LayerNorm(12), nn.Linear(12, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(x + self.norm(self.queries.expand(len(x), -1)))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "offered", "frozen"), [(Gated, "first", "up"), (Sliced, "second", "first"), (Queried, "first", "")]
+)
+def test_what_can_only_go_together_stays(kind: type[nn.Module], offered: str, frozen: str) -> None:
+    torch.manual_seed(0)
+    found = analyse(kind(), lambda model: model(nets.vector()))
+    assert [group.name for group in found.groups] == [offered]
+    assert [entry.layer for entry in found.frozen if entry.reason != OUTPUT] == ([frozen] if frozen else [])

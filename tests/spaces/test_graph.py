@@ -112,6 +112,48 @@ class Reduced(nn.Module):
         return self.head(F.relu(self.last(F.relu(self.reduce(F.relu(self.first(x)))))).mean((2, 3)))
 
 
+class Ghost(nn.Module):
+    """Half of the features are cheap ones of the others (Han et al., 2020, arXiv:1911.11907)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary, self.cheap = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.last, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.primary(x))
+        x = F.relu(self.depthwise(torch.cat([x, F.relu(self.cheap(x))], 1)))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Two branches, concatenated, to which a third is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.whole = nn.Conv2d(3, 32, 1), nn.Conv2d(3, 16, 1), nn.Conv2d(3, 48, 1)
+        self.last, self.head = nn.Conv2d(48, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)
+        return self.head(F.relu(self.last(F.relu(y))).mean((2, 3)))
+
+
+class Overlapping(nn.Module):
+    """A branch is added to a part of another one's channels, whose rest goes elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.whole = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 32, 1)
+        self.last, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.part(x))
+        first, second = self.whole(x).split(16, 1)
+        return self.head(F.relu(self.last(torch.cat([first + y, second], 1))).mean((2, 3)))
+
+
 class Case(NamedTuple):
     """A net with channels that go in units.
 
@@ -124,7 +166,7 @@ class Case(NamedTuple):
 
     model: type[nn.Module]
     group: tuple[str, int, int]
-    inputs: Mapping[str, slice]
+    inputs: Mapping[str, slice | list[int]]
     widths: Mapping[str, int]
 
 
@@ -139,6 +181,18 @@ CASES = [
     ),
     Case(Normed, ("other", 32, 8), {"last": slice(8)}, {"other": 24, "norm3": 40}),
     Case(Each, ("first", 32, 1), {"last": slice(1)}, {"first": 31, "norm": 31}),
+    Case(
+        Ghost,
+        ("primary", 16, 1),
+        {"last": [0, 16]},
+        {"primary": 15, "cheap": 15, "depthwise": 30},
+    ),
+    Case(
+        Joined,
+        ("left", 32, 2),
+        {"last": [0, 1, 32]},
+        {"left": 30, "right": 15, "whole": 45},
+    ),
     Case(Multiplied, ("first", 16, 1), {"hidden": slice(8)}, {"first": 15, "twice": 30}),
 ]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model.__name__}-{case.group[0]}")
@@ -188,6 +242,7 @@ def test_a_removed_unit_equals_a_silent_one(case: Case) -> None:
             id="a norm's group across two branches",
         ),
         pytest.param(build(Transposed), "first", "up is a grouped convolution (groups=4)", id="transposed"),
+        pytest.param(build(Overlapping), "part", "can't be matched", id="a part of another's channels"),
         pytest.param(build(Reduced), "first", "reduce is a grouped convolution (groups=16)", id="reducing"),
     ],
 )

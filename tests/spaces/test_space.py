@@ -13,6 +13,7 @@ from paretune.errors import JobError
 from paretune.spaces.analysis import Analysis, Layer
 from paretune.spaces.graph import Group
 from paretune.spaces.grid import kept_of
+from paretune.spaces.make import make_space
 from paretune.spaces.plan import (
     CompressionPlan,
     Factorization,
@@ -23,7 +24,7 @@ from paretune.spaces.plan import (
     Sharing,
     Sparsification,
 )
-from paretune.spaces.space import Options, SearchSpace, make_space
+from paretune.spaces.space import Options, SearchSpace
 
 OPTIONS = Options(importance=("l1", "taylor"))
 SPACE = SearchSpace(
@@ -72,7 +73,7 @@ def test_random_points_become_plans_and_come_back(seed: int) -> None:
         for name, value in params.items():
             if name.startswith("prune/"):
                 assert abs(back[name] - value) <= 0.25, "no further than half the widest step"
-            else:
+            elif name != "importance" or plan.prune.ratios:
                 assert back[name] == value
 
 
@@ -437,3 +438,103 @@ def test_heads_are_offered_as_wholes() -> None:
     analysis = Analysis(groups, (), (Layer("a", "Linear", 1, 1, "a"),), 1, 1)
     assert make_space(analysis, {}, Options(max_ratio=0.9)).grids == {"a": [12, 24, 36]}
     assert make_space(analysis, {}, Options(scope="global")).grids == {}
+
+
+def test_how_nothing_is_done_says_nothing() -> None:
+    said = {"importance": "lamp", "schedule": "cubic:4", "observer": "mse", "aware": False, "activations": "float"}
+    said |= {"granularity": "per-tensor", "affine": True}
+    assert WHOLE.to_plan(said) == WHOLE.to_plan({})
+    pruned = WHOLE.to_plan({**said, "prune/a": 0.5})
+    assert (pruned.prune.importance, str(pruned.schedule), pruned.quantize.observer) == ("lamp", "cubic:4", "minmax")
+    sparse = WHOLE.to_plan({**said, "sparsify": True, "sparsity/a": 0.5})
+    assert (sparse.prune.importance, str(sparse.schedule)) == ("l1", "cubic:4")
+    quantized = WHOLE.to_plan({**said, "bits/c": 8})
+    assert quantized.schedule == Schedule()
+    assert quantized.quantize.model_dump(exclude={"bits"}) == {
+        "observer": "mse",
+        "aware": False,
+        "activations": "float",
+        "granularity": "per-tensor",
+        "affine": True,
+    }
+    for plan in (pruned, sparse, quantized):
+        assert WHOLE.to_plan(WHOLE.to_params(plan)) == plan
+
+
+def test_settings_of_techniques_that_a_space_lacks_are_no_parameters() -> None:
+    floats = dict.fromkeys("abc", (32,))
+    settings = {"importance", "schedule", "method", "pattern", "observer", "aware", "activations", "granularity"}
+    settings |= {"affine"}
+
+    def left(space: SearchSpace) -> set[str]:
+        for index in range(5):
+            plan = space.sweep(index)
+            assert space.to_params(plan).keys() == space.distributions().keys()
+            assert space.to_plan(space.to_params(plan)) == plan
+        return settings & space.distributions().keys()
+
+    bare = SearchSpace({"a": [8]}, floats, EVERYTHING)
+    quantizing = {"observer", "aware", "activations", "granularity", "affine"}
+    assert left(bare) == set()
+    assert left(replace(bare, grids={"a": [8, 16]})) == {"importance", "schedule"}
+    assert left(replace(bare, widths={"a": (8,)})) == quantizing
+    assert left(replace(bare, ranks={"a": 0.5})) == {"method"}
+    assert left(replace(bare, sparse=("a",))) == {"pattern", "schedule"}
+    assert left(replace(bare, variants={"slim": VARIANT})) == settings
+    assert left(replace(bare, options=replace(EVERYTHING, scope="global"))) == {"importance", "schedule"}
+
+
+@pytest.mark.parametrize(
+    ("space", "compresses"),
+    [
+        pytest.param(SearchSpace({"a": [8]}, {"a": (32,)}, EVERYTHING), False, id="nothing"),
+        pytest.param(SearchSpace({"a": [8, 16]}, {}), True, id="channels"),
+        pytest.param(SearchSpace({}, {}, Options(scope="global")), True, id="channels ranked together"),
+        pytest.param(SearchSpace({}, {}, Options(prune=False, scope="global")), False, id="not pruned"),
+        pytest.param(SearchSpace({}, {"a": (32, 8)}), True, id="widths"),
+        pytest.param(SearchSpace({}, {"a": (8,)}), True, id="always quantized"),
+        pytest.param(SearchSpace({}, {}, ranks={"a": 0.5}), True, id="ranks"),
+        pytest.param(SearchSpace({}, {}, sparse=("a",)), True, id="zeros"),
+        pytest.param(SearchSpace({}, {}, shared=("a",)), True, id="codebooks"),
+        pytest.param(SearchSpace({}, {}, variants={"slim": SearchSpace({}, {})}), True, id="variants"),
+    ],
+)
+def test_whether_a_space_compresses_anything(space: SearchSpace, compresses: bool) -> None:
+    assert space.compresses == compresses
+
+
+def test_layers_with_too_few_inputs_for_a_pattern_stay_dense_there() -> None:
+    space = replace(WIDE, narrow={"a": ("2:4", "1:4"), "b": ("1:4",)})
+    params = {"sparsify": True, **{f"sparsity/{layer}": 0.7 for layer in "abc"}}
+    found = {pattern: space.to_plan({**params, "pattern": pattern}) for pattern in ("unstructured", "2:4", "1:4")}
+    assert {pattern: set(plan.sparsify.sparsity) for pattern, plan in found.items()} == {
+        "unstructured": {"a", "b", "c"},
+        "2:4": {"b", "c"},
+        "1:4": {"c"},
+    }
+    for plan in found.values():
+        assert space.to_plan(space.to_params(plan)) == plan
+    with pytest.raises(JobError, match=r"sparsify\.sparsity\.a must not be sparse in the pattern 2:4"):
+        space.to_params(CompressionPlan(sparsify=Sparsification(sparsity={"a": 0.5}, pattern="2:4")))
+
+
+def test_the_sweep_of_a_space_without_channels_or_widths() -> None:
+    space = replace(WIDE, grids={}, widths=dict.fromkeys("abc", (32,)))
+    plans = [space.sweep(index) for index in range(11)]
+    assert len({plan.hash for plan in plans}) == 11
+    assert [space.sweep(index) for index in range(11, 21)] == plans[1:]
+    assert [place for place, plan in enumerate(plans) if plan.factorize.ranks] == [1, 4, 7, 9]
+    assert {max(plan.sparsify.sparsity.values(), default=0) for plan in plans} == {0, 0.777, 0.39, 0.19, 0.58}
+    assert {max(plan.share.clusters.values(), default=0) for plan in plans} == {0, 16, 64}
+    for plan in plans:
+        assert space.to_plan(space.to_params(plan)) == plan
+    pattern = replace(space, ranks={}, shared=(), options=replace(EVERYTHING, patterns=("2:4",)))
+    assert [bool(pattern.sweep(index).sparsify.sparsity) for index in range(4)] == [False, True, True, True]
+
+
+def test_ranks_zeros_and_codebooks_are_swept_after_the_widths() -> None:
+    space = replace(WIDE, grids={})
+    plans = [space.sweep(index) for index in range(12)]
+    plain = replace(space, ranks={}, sparse=(), shared=())
+    assert plans[:4] == [plain.sweep(index) for index in range(4)]
+    assert [place for place, plan in enumerate(plans) if plan in plans[:place]] == [3], "the widest again"

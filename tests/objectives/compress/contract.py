@@ -115,6 +115,7 @@ def _subject(name: str) -> Subject:
             batches=list(split.batches(BATCH)),
             schemes=get_runtime("openvino").capabilities("cpu").schemes,
             grids={group.name: channel_grid(group.channels, unit=group.unit) for group in analysis.groups},
+            units={group.name: group.unit for group in analysis.groups},
         )
         subject = Subject(name, model, split, analysis, context)
         subject.train(model, CompressionPlan(), steps=40)

@@ -11,7 +11,7 @@ from torch import nn
 
 from paretune.objectives.compress import compress_numerics
 from paretune.objectives.compress.factors import rank_of
-from paretune.objectives.compress.lowrank import layers_of
+from paretune.objectives.compress.lowrank import is_smaller, layers_of
 from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.compress.sparsity import by_inputs
 from paretune.objectives.compress.ties import weights_of
@@ -84,10 +84,15 @@ def check_pruned(subject: Subject, plan: CompressionPlan, model: nn.Module) -> N
 
 
 def check_factors(subject: Subject, plan: CompressionPlan, model: nn.Module) -> None:
-    assert plan.factorize.ranks
+    assert any(len(parts(model, name)) > 1 for name in plan.factorize.ranks)
     for name, share in plan.factorize.ranks.items():
         [dense], factors = parts(subject.model, name), parts(model, name)
+        if len(factors) == 1:
+            assert not is_smaller(factors[0], plan.factorize.method, share), f"{name} could be factorized"
+            continue
         kernel = dense.weight.shape[2:]
+        whole = inputs(factors[0]) * outputs(factors[-1]) * kernel.numel()
+        assert sum(factor.weight.numel() for factor in factors) < whole, f"{name} became larger"
         narrow = [outputs(factor) for factor in factors[:-1]]
         before, after = inputs(factors[0]), outputs(factors[-1])
         if kernel.numel() == 1:
@@ -99,17 +104,17 @@ def check_factors(subject: Subject, plan: CompressionPlan, model: nn.Module) -> 
 
 
 def check_zeros(_subject: Subject, plan: CompressionPlan, model: nn.Module) -> None:
-    assert any(plan.sparsify.sparsity.values())
+    weights = {name: weight for name in plan.sparsify.sparsity for weight in weights_of(model, name)}
+    assert any(bool((weight == 0).any()) for weight in weights.values())
     for name, share in plan.sparsify.sparsity.items():
-        [weight] = weights_of(model, name)
+        weight = weights[name]
         if plan.sparsify.blocks is None:
             assert int((weight == 0).sum()) >= round(share * weight.numel())
             continue
         kept, size = plan.sparsify.blocks
         rows = by_inputs(parts(model, name)[0], weight)
         blocks = rows[..., : rows.shape[-1] // size * size].reshape(-1, size)
-        assert len(blocks)
-        assert int(blocks.count_nonzero(dim=1).max()) <= kept
+        assert not bool((blocks.count_nonzero(dim=1) > kept).any()), name
 
 
 def check_clusters(_subject: Subject, plan: CompressionPlan, module: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from paretune.objectives.compress import Context
+from paretune.objectives.compress import importance as module
 from paretune.objectives.compress.importance import importance
 from paretune.objectives.data import Inputs, Split, call
 from paretune.objectives.tasks import Classification
@@ -263,6 +264,25 @@ def test_apoz_is_measured_at_the_rectifier(rectify) -> None:  # type: ignore[no-
     with torch.no_grad():
         alive = (model.get_submodule("norm")(model.get_submodule("conv")(inputs)) > 0).float().mean((0, 2, 3))
     torch.testing.assert_close(scores("apoz", model, context_of(model, nets.image(), inputs))["conv"], alive)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_batches_in_parts_give_the_scores_of_the_whole(name: Importance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where samples don't divide evenly; and no more than 16 go through the model at a time."""
+    torch.manual_seed(0)
+    model, sizes = Planted(), []
+    context = context_of(model, nets.image(), nets.image(37))
+    model.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    found = scores(name, model, context)
+    assert max(sizes) <= 16
+    if name != "hessian":  # which takes single samples
+        assert {12, 13} <= set(sizes)
+        monkeypatch.setattr(module, "_PART", 64)
+        sizes.clear()
+        whole = scores(name, model, context)
+        assert 37 in sizes
+        for group, values in whole.items():
+            torch.testing.assert_close(found[group], values, rtol=1e-4, atol=1e-6)
 
 
 def test_random_is_seeded() -> None:

@@ -30,6 +30,7 @@ from paretune.objectives.compress.lowrank import (
 from paretune.objectives.compress.quantization import QuantizedLayer, insert_quantizers
 from paretune.objectives.compress.schemes import STATIC
 from paretune.objectives.data.inputs import Inputs, call
+from paretune.objectives.data.splits import Batch
 from paretune.objectives.runtimes import LoadOptions, get_runtime
 from paretune.objectives.runtimes.onnx_export import export_onnx, named_arrays
 from paretune.objectives.tasks import Classification
@@ -57,8 +58,9 @@ LAYERS = [
 ]
 
 
-def context(inputs: Inputs) -> Context:
-    return Context(inputs, {}, Classification(), [])
+def context(inputs: Inputs, *, data: bool = True) -> Context:
+    batches = [Batch(torch.arange(2), inputs, torch.zeros(2, dtype=torch.long))] if data else []
+    return Context(inputs, {}, Classification(), batches)
 
 
 def on(inputs: Inputs) -> Forward:
@@ -210,10 +212,29 @@ def test_a_model_is_factorized_at_the_last_cut_alone() -> None:
     assert layers_of(model, "fc1") == ["fc1.0", "fc1.1"]
     assert layers_of(model, "conv1") == ["conv1"]
     # Other weights, the same shapes: an artifact is replayed on a model that wasn't trained.
-    other = factorize(nets.PlainCNN(), config, context(inputs))
+    other = factorize(nets.PlainCNN(), config, context(inputs, data=False))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert shapes == {name: value.shape for name, value in other.state_dict().items()}
     assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_without_data_nothing_is_decomposed() -> None:
+    """Weights that have no singular values don't matter where others will be loaded."""
+    model = nets.MLP()
+    nn.init.constant_(model.first.weight, float("nan"))
+    factorize(model, Factorization(ranks={"first": 0.25}), context(nets.vector(), data=False))
+    assert not model.get_parameter("first.0.weight").any() and not model.get_parameter("first.1.weight").any()
+
+
+def test_a_layer_whose_factors_are_not_smaller_stays_whole() -> None:
+    """A share for the dense layer may be too large for what pruning left of it."""
+    config = Factorization(ranks={"0": 0.75, "2": 0.75})
+    dense, pruned = (nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64)) for width in (256, 64))
+    for model, whole in ((dense, False), (pruned, True)):
+        before = sum(parameter.numel() for parameter in model.parameters())
+        factorize(model, config, context(nets.vector(2, 64)))
+        assert isinstance(model[0], nn.Linear) == isinstance(model[2], nn.Linear) == whole
+        assert (sum(parameter.numel() for parameter in model.parameters()) < before) != whole
 
 
 def test_factors_can_be_folded_and_quantized() -> None:
@@ -252,7 +273,9 @@ def test_factorized_models_train_and_deploy(build: Build, inputs: Tensor, method
     found = torch.from_numpy(session.run(named_arrays(inputs)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     executed = session.layers()
-    for name in names:
+    thin = [name for name in names if isinstance(model.get_submodule(name), Factorized)]
+    assert len(thin) >= 2
+    for name in thin:
         assert not executed.keys().isdisjoint(layers_of(model, name)), f"{name} runs under its factors' names"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -53,6 +53,14 @@ def frozen(
         quantized(inputs)
     quantized.freeze()
     return quantized
+
+
+@pytest.mark.parametrize("observer", get_args(Observer))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_not_finite_have_no_grid(value: float, observer: Observer) -> None:
+    inputs = torch.tensor([[1.0, value] * 6])
+    with pytest.raises(TrialError, match=f"must be finite to be calibrated, but one is {abs(value)}|{value}"):
+        frozen(nn.Linear(12, 5), inputs, observer=observer)
 
 
 def static(quantized: QuantizedLayer) -> StaticQuantizer:

@@ -113,6 +113,14 @@ def test_a_pattern_comes_with_the_last_cut() -> None:
     assert torch.equal(twice.first.weight, model.first.weight)
 
 
+def test_a_layer_with_fewer_inputs_than_a_block_stays_dense() -> None:
+    """Pruning may leave so few of them."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    plan = Sparsification(sparsity={"0": 0.5, "1": 0.5}, pattern="2:4")
+    sparsify(model, plan, known(torch.randn(2, 3)))
+    assert (share_of_zeros(model[0].weight), share_of_zeros(model[1].weight)) == (0, pytest.approx(0.4))
+
+
 def test_what_the_pattern_doesnt_fit_is_named() -> None:
     with pytest.raises(TrialError, match=r"depthwise \(Conv2d\) has 1"):
         sparsify(Depthwise(), make("depthwise", 0.5, "2:4"), known(image(2, 3)))

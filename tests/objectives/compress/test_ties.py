@@ -90,6 +90,19 @@ def test_a_cluster_gets_the_mean_of_its_gradients() -> None:
         torch.testing.assert_close(got, gradient[weight == value].mean())
 
 
+def test_the_largest_codebook_is_tied() -> None:
+    model = nn.Sequential(nn.Linear(100, 100))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(10_000).remainder(256).view(100, 100))
+    gradient, weight = torch.randn(100, 100), model[0].weight
+    weight.grad = gradient.clone()
+    [tie] = ties(model, CompressionPlan(share=Sharing(clusters={"0": 256})))
+    tie()
+    for value in (0, 255):
+        [got] = weight.grad[weight == value].unique()
+        torch.testing.assert_close(got, gradient[weight == value].mean())
+
+
 def test_without_a_gradient_nothing_happens() -> None:
     model = MLP()
     plan = CompressionPlan(sparsify=Sparsification(sparsity={"first": 0.5}), share=Sharing(clusters={"narrow": 256}))
