@@ -21,7 +21,7 @@ from paretune.objectives.tasks import Classification
 from paretune.spaces.plan import Finetuning
 from tests.nets import PlainCNN
 
-pytest.register_assert_rewrite("tests.objectives.runtimes.contract")
+pytest.register_assert_rewrite("tests.objectives.runtimes.contract", "tests.objectives.compress.contract")
 torch.set_num_threads(1)
 
 
