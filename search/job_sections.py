@@ -256,7 +256,7 @@ class FinetuneSection(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="Share of the steps in floats, the last ones, that leave batch norm's statistics as they are, in [0, 1].",
+        description="Share of the steps in floats, the last ones, that leave batch norm's statistics alone, in [0, 1].",
     )
     device: str = Field(
         default="auto",

@@ -168,7 +168,7 @@ def _zeroed(space: SearchSpace) -> Iterator[Probe]:
         if blocks := Sparsification(pattern=pattern).blocks:
             share = round(1 - blocks[0] / blocks[1], 6)
         setting = f"{share:.0%}" if blocks is None else pattern
-        for layer in space.sparse:
+        for layer in [name for name in space.sparse if pattern not in space.narrow.get(name, ())]:
             sparse = Sparsification(sparsity={layer: share}, pattern=pattern)
             yield Probe("sparsify", layer, setting, share, CompressionPlan(sparsify=sparse))
     for layer in space.shared:

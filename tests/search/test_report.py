@@ -415,7 +415,7 @@ def test_the_layer_map_lists_how_layers_are_quantized(tmp_path: Path) -> None:
 
 def test_what_each_technique_brought_is_a_table(run: Path) -> None:
     assert "What each technique brings here" not in write_report(run).read_text(encoding="utf-8")
-    tried = [
+    tried: list[dict[str, Any]] = [
         {
             "technique": "prune",
             "setting": "50% of all channels",
