@@ -178,7 +178,7 @@ class _Worker:
 
     def is_dead(self) -> bool:
         """Whether it died since its last request: an idle worker says nothing, so all there is to read is the end."""
-        return self.number is None and self.connection.poll()
+        return self.number is None and (self.connection.poll() or self.process.poll() is not None)
 
     def reap(self) -> int:
         """See a worker end that closed its connection; returns its exit code."""

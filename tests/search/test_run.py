@@ -391,7 +391,7 @@ def test_sigterm_ends_a_search_in_order(new_run: NewRun) -> None:
     ("sections", "message"),
     [
         pytest.param(
-            {"space": {"bits": [3]}}, r"^space\.bits must be widths that the runtime .* but got 3;", id="3 bits"
+            {"space": {"bits": [24]}}, r"^space\.bits must be widths that the runtime .* but got 24;", id="24 bits"
         ),
         pytest.param({"space": {"bits": [32, 16]}}, r"^space\.bits must name at most one float", id="two floats"),
         pytest.param({"target": {"runtime": "tensorflow"}}, r"^target\.runtime .*tensorflow", id="unknown runtime"),
