@@ -1,0 +1,60 @@
+"""How far a trial is while it runs, and the word to end it early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a trial's model can do in the middle of its training.
+
+    Attributes:
+        share: Of the training's steps that are done, in (0, 1).
+        accuracy: The task's metric on some validation samples, in PyTorch, before anything is deployed.
+        samples: How many.
+    """
+
+    share: float
+    accuracy: float
+    samples: int
+
+
+class Watcher(Protocol):
+    """Is told how a trial goes, and may end it; both without making it wait."""
+
+    def outlined(self, outline: Mapping[str, float]) -> None:
+        """Called once, before the training, with what is known of the plan without it.
+
+        Args:
+            outline: As of `paretune.objectives.evaluate.Evaluator.outline`.
+        """
+
+    def reached(self, rung: Rung) -> None:
+        """Called at each rung."""
+
+    def wants_end(self) -> bool:
+        """Whether the trial shall end now; asked between training steps, so it must answer in microseconds."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A trial that was ended in its training: what it cost, and what it had shown.
+
+    Attributes:
+        outline: What was known of the plan before the training.
+        rungs: Those that it reached.
+        seconds: Phase of the trial to its duration.
+        steps: Training steps that were run.
+    """
+
+    outline: dict[str, float]
+    rungs: tuple[Rung, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
