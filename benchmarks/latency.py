@@ -40,8 +40,9 @@ from torch.utils.benchmark import Timer
 
 from paretune.objectives.artifact import Card, load_session
 from paretune.objectives.baseline import make_baseline
+from paretune.objectives.bench import DRIFT
 from paretune.objectives.data.splits import Split, Splits
-from paretune.objectives.evaluate import DRIFT, Evaluator
+from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.latency import measure_paired
 from paretune.objectives.models import ModelSource

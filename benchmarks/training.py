@@ -134,7 +134,7 @@ def measure(net: str, options: TrainOptions, *, block: int, blocks: int) -> Row:
     split = make_resident(Split(samples, targets), device)
     turns: Turns | None = None
     training = Training(
-        Splits(split, split, split), Classification(), options, after_step=lambda: turns() if turns else None
+        Splits(split, split, split), Classification(), options, after_step=lambda _: turns() if turns else None
     )
     # A first step tells the memory format.
     first = fit(NETS[net](), training, Finetuning(), training.batches(0), range(1), 1)

@@ -4,7 +4,9 @@ An artifact folder holds `plan.json`, `weights.safetensors` (the compressed modu
 quantizers), `model.onnx` (what is deployed and measured; a target with a runtime of its own has a file of its own,
 `model@NAME.onnx`), the same packed where zeros, codebooks or few bits make that smaller (`model.onnx.packed`; see
 `paretune.objectives.packing`), `probe.safetensors` (one batch of real inputs and the artifact's outputs for them) and
-`card.json` (targets, metrics, environment, hashes of the other files).
+`card.json` (targets, metrics, environment, hashes of the other files). A trial's folder has `checkpoint.safetensors`
+besides, from which its training can go on (`paretune.objectives.checkpoint`): no part of the artifact, without a hash
+in the card, and not shipped.
 """
 
 from __future__ import annotations

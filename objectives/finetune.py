@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,20 +16,22 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from paretune.errors import JobError, TrialError
 from paretune.objectives.accelerator import float_format, training_device, use_tf32
+from paretune.objectives.compress.quantization import freeze_quantizers
 from paretune.objectives.data.inputs import call, map_tensors
 from paretune.objectives.data.residency import is_resident, to_device
 from paretune.objectives.data.splits import Batch
 from paretune.objectives.distillation import AttachedHints
 from paretune.objectives.gradient import Gradient, parts
 from paretune.objectives.optimization import Average, Positions, make_optimizer, pace, set_pace
-from paretune.objectives.training import Training, TrainingReport, TrainOptions
+from paretune.objectives.training import Moment, Training, TrainingReport, TrainOptions
+from paretune.spaces.copies import copy_of
 from paretune.spaces.plan import Finetuning
 
-__all__ = ["TrainOptions", "Training", "TrainingReport", "check_training", "fit"]
+__all__ = ["Moment", "TrainOptions", "Training", "TrainingReport", "check_training", "fit"]
 
-_STEPS_AHEAD = 20
-"""Steps that are queued on a GPU before the CPU waits for them, to look at their losses and to let a measurement go
-first: at every step, the GPU would stand idle while the CPU prepares the next one."""
+_STEPS_AHEAD = {"cpu": 1, "cuda": 20}
+"""Steps that are queued before the CPU waits for them, to look at their losses and to let a measurement go first: at
+every step, a GPU would stand idle while the CPU prepares the next one."""
 
 
 def check_training(model: nn.Module, training: Training) -> None:
@@ -110,19 +113,24 @@ def fit(
     channels_last = _channels_last(model) if options.channels_last == "auto" else options.channels_last
     positions = Positions(schedule, total, options)
     losses: dict[int, Tensor] = {}
-    ahead = 1 if device.type == "cpu" else _STEPS_AHEAD
+    ahead = _STEPS_AHEAD[device.type]
     with use_tf32(device, options.tf32), _prepared(model, device, channels_last), _forward(model, options) as forward:
         size = before.micro_batch if before else options.batch_size
         hinted, batches = _attach(model, training, config, batches, size if schedule else 0)
         with hinted as hints:
             gradient = Gradient(forward, training, config, hints, size, before.loss_scale if before else None)
             step = _Step(model, training, config, gradient, total, total if floats is None else floats, ties)
+            run = before.steps if before else 0
+            outputs = partial(step.outputs, channels_last=channels_last)
             for position in positions:
                 losses[position] = step(position, _laid_out(next(batches), channels_last))
-                if len(losses) == ahead or positions.ended:
+                looks = len(losses) == ahead or positions.ended
+                if looks:
                     positions.note(_read(losses, total, config))
                     losses.clear()
-                    training.after_step()
+                # At a rung between two looks the losses stay unread: a plateau must be seen where it is without rungs.
+                if looks or any(position / total < share <= (position + 1) / total for share in training.rungs):
+                    training.after_step(Moment(run + positions.steps, position + 1, total, step.left, outputs))
             step.finish()
     return TrainingReport(
         device=str(device),
@@ -252,6 +260,7 @@ class _Step:
     ) -> None:
         options = training.options
         extra = gradient.hints.parameters() if gradient.hints is not None else ()
+        self._model = model
         self._parameters = [*model.parameters(), *extra]
         self._optimizer = make_optimizer(self._parameters, options, tied=bool(ties))
         self._average = Average(model, options.ema) if options.ema is not None else None
@@ -287,6 +296,33 @@ class _Step:
         """Leave the averages in the model, where there are some."""
         if self._average is not None:
             self._average.put()
+
+    def left(self) -> nn.Module:
+        """See `Moment.model`."""
+        # A copy, as eval mode alone wouldn't do: an average or a quantizer's grid would have to be put back, and what
+        # modules remember for evaluation would stay.
+        model = copy_of(self._model).eval()
+        if self._average is not None:
+            self._average.put(model)
+        freeze_quantizers(model)
+        return model
+
+    @torch.no_grad()
+    def outputs(
+        self, batches: Iterable[Batch], between: Callable[[], None], *, channels_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `Moment.outputs`; batches go through in parts as those of the training do."""
+        dtype, outputs, targets = self._gradient.dtype, [], []
+        device, model = self._parameters[0].device, self.left()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for batch in to_device(iter(batches), device):
+                for part in parts(_laid_out(batch, channels_last), self._gradient.size):
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                        found = call(model, part.inputs)
+                    outputs.append(found.float().cpu())
+                    targets.append(part.targets.cpu())
+                between()
+        return torch.cat(outputs), torch.cat(targets)
 
 
 def _read(losses: dict[int, Tensor], total: int, config: Finetuning) -> dict[int, float]:

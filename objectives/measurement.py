@@ -9,6 +9,7 @@ from typing import Any
 
 from paretune.errors import JobError
 from paretune.objectives.latency import Latency
+from paretune.objectives.progress import Rung
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,14 @@ class Record:
         deployments: Target's name, as in the measurement, to how the artifact was deployed and timed there.
         seconds: Phase of the trial to its duration.
         training: How the model was trained: device, precision, memory format, steps, how it ended.
+        rungs: What the model could do in the middle of it, in order.
     """
 
     measurement: Measurement
     deployments: dict[str, Deployment]
     seconds: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    rungs: tuple[Rung, ...] = ()
 
     @property
     def main(self) -> Deployment:
@@ -138,6 +141,7 @@ class Record:
             "noisy": self.noisy,
             "seconds": self.seconds,
             "training": self.training,
+            "rungs": [asdict(rung) for rung in self.rungs],
         }
 
     @classmethod
@@ -154,4 +158,5 @@ class Record:
             name: Deployment(**values | {"clock": Latency(**values["clock"])})
             for name, values in data["deployments"].items()
         }
-        return cls(Measurement.from_dict(data["measurement"]), deployments, data["seconds"], data["training"])
+        rungs = tuple(Rung(**rung) for rung in data.get("rungs", ()))  # older records have none
+        return cls(Measurement.from_dict(data["measurement"]), deployments, data["seconds"], data["training"], rungs)

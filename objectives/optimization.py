@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paretune.objectives.training import TrainOptions
 
@@ -162,8 +162,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         self._updates = 0
-        tensors = (tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
-        self._current = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self._current = _floats(model)
         self._averages = [tensor.clone() for tensor in self._current]
 
     @torch.no_grad()
@@ -174,7 +173,13 @@ class Average:
         torch._foreach_lerp_(self._averages, self._current, 1 - decay)
 
     @torch.no_grad()
-    def put(self) -> None:
-        """Put the averages into the model."""
-        for current, average in zip(self._current, self._averages, strict=True):
+    def put(self, copy: nn.Module | None = None) -> None:
+        """Put the averages into the model, or into a copy of it."""
+        into = self._current if copy is None else _floats(copy)
+        for current, average in zip(into, self._averages, strict=True):
             current.copy_(average)
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    tensors = (tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -129,7 +129,11 @@ class Problem:
         return reduce(merge, (site.capabilities.schemes for site in self.sites.values()))
 
     def device(self) -> Device:
-        """A lock of all devices that trials compute on."""
+        """A lock of all devices that trials compute on, always the same one: two of one process exclude each other."""
+        return self._device
+
+    @cached_property
+    def _device(self) -> Device:
         measured = (site.target.device for site in self.sites.values())
         return Device(str(training_device(self.training.device)), *measured)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
+
+from paretune.errors import JobError
 
 
 @dataclass(frozen=True)
@@ -12,8 +15,9 @@ class Rung:
     """What a trial's model can do in the middle of its training.
 
     Attributes:
-        share: Of the training's steps that are done, in (0, 1).
-        accuracy: The task's metric on some validation samples, in PyTorch, before anything is deployed.
+        share: Of the training's schedule that is done, in (0, 1), as it was asked for. Where a plateau of the loss lets
+            the training leave positions out, it may be a few steps further.
+        accuracy: The task's metric on some validation samples, in PyTorch, before anything is deployed; finite.
         samples: How many.
     """
 
@@ -33,7 +37,7 @@ class Watcher(Protocol):
         """
 
     def reached(self, rung: Rung) -> None:
-        """Called at each rung."""
+        """Called at each rung whose accuracy is finite; of a resumed trial, at those that are still to come."""
 
     def wants_end(self) -> bool:
         """Whether the trial shall end now; asked between training steps, so it must answer in microseconds."""
@@ -58,3 +62,15 @@ class Stopped:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
+
+
+def check_rungs(shares: Sequence[float]) -> None:
+    """See that rungs are shares of a training, in order.
+
+    Raises:
+        JobError: They aren't.
+    """
+    ascending = all(first < second for first, second in pairwise(shares))
+    if not (ascending and all(0 < share < 1 for share in shares)):
+        rule = "must be shares of a training, between 0 and 1, ascending"
+        raise JobError("search.rungs", rule, list(shares), "use e.g. [0.25, 0.5]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paretune.errors import ParetuneError, TrialError
 from paretune.objectives.accelerator import training_device
-from paretune.objectives.compress import Context, compress_numerics, compress_structure
+from paretune.objectives.compress import STRUCTURE, Context, compress_numerics, compress_structure, resolve_plan
 from paretune.objectives.data.inputs import call
 from paretune.objectives.data.residency import to_device
 from paretune.objectives.data.splits import Batch
@@ -47,7 +47,7 @@ class Probe:
         name: Of the layer or group.
         setting: How strongly, in words; equal for all layers that are compared.
         value: The same as the plan has it: a ratio, a width, a share of the rank, a sparsity, a number of clusters.
-        plan: Resolved; does this and nothing else.
+        plan: Does this and nothing else.
     """
 
     technique: str
@@ -162,10 +162,13 @@ def profile_sensitivity(
         context = problem.context(_calibration(problem, samples))
         batches = validation_batches(problem, samples)
         dense = problem.model.build()
-        base = _score(problem, compress_numerics(dense, CompressionPlan(), problem.context([])), batches)
+        if not all(probe.plan.is_resolved for probe in probes):
+            context = replace(context, grids=problem.grids, exclude=problem.exclude)
+        folded = compress_numerics(dense, CompressionPlan(), problem.context([]))
+        base = _score(problem, copy_of(folded), batches)
         for position, probe in enumerate(probes, start=1):
             device.step_aside()
-            entries.append(_try(problem, dense, probe, context, batches, base))
+            entries.append(_try(problem, _Dense(dense, folded), probe, context, batches, base))
             if time.monotonic() - said >= _QUIET_SECONDS:
                 report(f"profiling {position} of {len(probes)}: {probe.technique} {probe.name}, {probe.setting}")
                 said = time.monotonic()
@@ -198,9 +201,26 @@ class _Score(NamedTuple):
     outputs: Tensor
 
 
+class _Dense(NamedTuple):
+    """The dense model as it is, and with batch norm folded; neither is changed."""
+
+    model: nn.Module
+    folded: nn.Module
+
+    def compressed(self, plan: CompressionPlan, context: Context) -> nn.Module:
+        """A copy that was compressed, as a trial's is before the training."""
+        plan = resolve_plan(self.model, plan, context)
+        if all(getattr(plan, technique.field) == getattr(_NOTHING, technique.field) for technique in STRUCTURE):
+            return compress_numerics(self.folded, plan, context)  # folding takes as long as a pass over the samples
+        return compress_numerics(compress_structure(copy_of(self.model), plan, context), plan, context)
+
+
+_NOTHING = CompressionPlan()
+
+
 def _try(
     problem: Problem,
-    dense: nn.Module,
+    dense: _Dense,
     probe: Probe,
     context: Context,
     batches: Iterable[Batch],
@@ -209,8 +229,7 @@ def _try(
     key = (probe.technique, probe.name, probe.setting, probe.value)
     try:
         torch.manual_seed(0)  # for the importance `random`
-        model = compress_structure(copy_of(dense), probe.plan, context)
-        score = _score(problem, compress_numerics(model, probe.plan, context), batches)
+        score = _score(problem, dense.compressed(probe.plan, context), batches)
     except ParetuneError as error:
         return Entry(*key, reason=str(error))
     except Exception as error:  # whatever PyTorch or the model's forward raises: one layer without a number

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from paretune.objectives.accelerator import training_device
 from paretune.objectives.data.augment import make_augmentation
@@ -72,6 +74,27 @@ class TrainOptions:
     hints: Sequence[str] | Mapping[str, str] = ()
 
 
+class Moment(NamedTuple):
+    """Where a training stands between two of its steps.
+
+    Attributes:
+        steps: Run so far, in the parts before as well.
+        done: Positions of the whole schedule that are behind it, in [1, total].
+        total: Length of the whole schedule.
+        model: Makes a copy of the model as it would be left if the training ended here, in eval mode, on the device
+            that trains.
+        outputs: Runs batches through such a copy in the training's precision, and calls a function after each. Gives
+            outputs in float32 and targets, both on the CPU. Neither changes anything of the training, random states
+            included.
+    """
+
+    steps: int
+    done: int
+    total: int
+    model: Callable[[], nn.Module]
+    outputs: Callable[[Iterable[Batch], Callable[[], None]], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Training:
     """Everything of a training run but the model: data, task, teacher and options.
@@ -81,31 +104,43 @@ class Training:
         task: Gives the losses.
         options: The job's choices.
         teacher: None trains on the targets alone.
-        after_step: Called between steps when the device has nothing left to do, e.g. to let a measurement go first:
-            after every step on a CPU, every 20 on a GPU.
+        after_step: Called between steps, e.g. to let a measurement go first or to end the training by an exception: on
+            a CPU after every step; on a GPU every 20, when it has nothing left to do, and at the rungs, where it may.
         hints: Features of the teacher that the model's follow, where the plan gives them weight; None has none.
+        rungs: Shares of the whole schedule, in (0, 1), at which `after_step` mustn't be left out.
     """
 
     splits: Splits
     task: Task
     options: TrainOptions
     teacher: Teacher | None = None
-    after_step: Callable[[], None] = lambda: None
+    after_step: Callable[[Moment], None] = lambda moment: None
     hints: Hints | None = None
+    rungs: Sequence[float] = ()
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs, at least 1."""
-        return max(1, round(epochs * max(1, len(self.splits.train) // self.options.batch_size)))
+        return max(1, round(epochs * self._epoch))
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    @property
+    def _epoch(self) -> int:
+        """Steps in one epoch."""
+        return max(1, len(self.splits.train) // self.options.batch_size)
+
+    def batches(self, seed: int, *, after: int = 0) -> Iterator[Batch]:
         """Training batches without end, shuffled anew each epoch, augmented; equal seeds give equal batches.
 
         Inputs and targets are on the training device, the indices on the CPU. The indices don't depend on the device;
         the augmentation's random numbers do.
+
+        Args:
+            seed: Of the orders and of the augmentation.
+            after: Steps that an earlier training has run on these batches: they begin with the first epoch that it
+                hasn't.
         """
         device = training_device(self.options.device)
-        generator = torch.Generator(device).manual_seed(seed)
-        epoch = 0
+        epoch = math.ceil(after / self._epoch)
+        generator = torch.Generator(device).manual_seed(seed + epoch)
         while True:
             order = self.splits.train.batches(self.options.batch_size, shuffle_seed=seed + epoch, drop_last=True)
             for batch in to_device(order, device):
@@ -135,6 +170,7 @@ class TrainingReport:
         steps: Really run.
         ended: Whether the ``schedule`` was run in full, or a ``plateau`` of the loss cut it short.
         loss_scale: What the loss was multiplied by in the end for float16; None in other formats.
+        resumed_steps: Positions of the schedule that an earlier training had behind it, and this one didn't run again.
     """
 
     device: str
@@ -146,6 +182,7 @@ class TrainingReport:
     steps: int
     ended: Literal["schedule", "plateau"]
     loss_scale: float | None = None
+    resumed_steps: int = 0
 
     def then(self, part: TrainingReport) -> TrainingReport:
         """The report of this training and the part that followed it, as one."""

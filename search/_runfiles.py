@@ -108,6 +108,38 @@ class RunFiles:
         return Counter(trial.get("state") or "" for trial in self.trials)
 
     @property
+    def counts(self) -> str:
+        """How many trials there are, and how they ended."""
+        states = self.states
+        names = {"COMPLETE": "complete", "PRUNED": "stopped early", "FAIL": "failed"}
+        names |= {"RUNNING": "running", "WAITING": "waiting"}
+        complete = [trial for trial in self.trials if trial.get("state") == "COMPLETE"]
+        if infeasible := sum(trial.get("feasible", "").lower() == "false" for trial in complete):
+            names["COMPLETE"] += f" ({infeasible} of them infeasible)"
+        parts = [f"{states[state]} {name}" for state, name in names.items() if states[state]]
+        return f"{plural(len(self.trials), 'trial')}: {', '.join(parts)}" if parts else "no trials yet"
+
+    @property
+    def saved(self) -> str:
+        """What early stopping left out, in a sentence; empty where no trial was stopped, or no other is complete."""
+        steps = {
+            state: [number(trial, "steps") or 0.0 for trial in self.trials if trial.get("state") == state]
+            for state in ("COMPLETE", "PRUNED")
+        }
+        # At a plateau of the loss, or from a checkpoint, a training is shorter than the schedule.
+        whole = max(steps["COMPLETE"], default=0.0)
+        if not whole or not steps["PRUNED"]:
+            return ""
+        left_out = sum(max(0.0, whole - run) for run in steps["PRUNED"])
+        share = left_out / (whole * sum(map(len, steps.values())))
+        count = len(steps["PRUNED"])
+        were = "was" if count == 1 else "were"
+        return (
+            f"{plural(count, 'trial')} {were} stopped early, out of reach of the front: that saved "
+            f"{left_out:,.0f} training steps, {share:.0%} of what all trials would have taken."
+        )
+
+    @property
     def shown_path(self) -> str:
         """The run folder as a user would type it: an absolute path says nothing on another machine."""
         here = Path.cwd()
@@ -142,6 +174,15 @@ class RunFiles:
         for name, index in chosen.items():
             picks.setdefault(int(points[index]["trial"]), []).append(name)
         return picks
+
+
+def last_rung(trial: Mapping[str, str]) -> tuple[float, float] | None:
+    """Share of the training and accuracy at the last rung in a row of `trials.csv`; None without any."""
+    share, _, accuracy = (trial.get("rungs") or "").rpartition(" ")[2].partition(":")
+    try:
+        return float(share), float(accuracy)
+    except ValueError:
+        return None
 
 
 def load_run(run: Path) -> RunFiles:

@@ -131,43 +131,6 @@ class Axis:
         return [(index * step, f"{index * step:.{digits}f}") for index in range(first, last + 1)]
 
 
-def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The exact area between a reference point and what `points` dominate (Zitzler and Thiele, 1998).
-
-    Duplicates and dominated points add nothing; neither does a point that isn't strictly better than the
-    reference in both coordinates.
-
-    Args:
-        points: Pairs of latency (less is better) and accuracy (more is better), in any order.
-        reference: The worst latency and the worst accuracy that count.
-
-    Raises:
-        ValueError: A coordinate isn't finite: an infinite one would win every comparison.
-    """
-    worst_latency, worst_accuracy = reference
-    area, covered = 0.0, worst_accuracy
-    for latency, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not (math.isfinite(latency) and math.isfinite(accuracy)):
-            raise ValueError(f"points must be finite, but got ({latency}, {accuracy}); leave it out")
-        if latency < worst_latency and accuracy > covered:
-            area += (worst_latency - latency) * (accuracy - covered)
-            covered = accuracy
-    return area
-
-
-def hypervolume_curve(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> list[float]:
-    """The hypervolume after each of `points`; as long as `points`, never falls."""
-    curve: list[float] = []
-    useful: list[tuple[float, float]] = []
-    for latency, accuracy in points:
-        if curve and any(x <= latency and y >= accuracy for x, y in useful):
-            curve.append(curve[-1])
-            continue
-        useful.append((latency, accuracy))
-        curve.append(hypervolume(useful, reference))
-    return curve
-
-
 class _Svg:
     """A drawing under construction: escapes text and gives every class its own colours."""
 

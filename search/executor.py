@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paretune.objectives.progress import Rung
 from paretune.search.job import Job
 from paretune.search.requests import Request
 
@@ -27,6 +29,21 @@ class Outcome:
     result: Any = None
     error: str = ""
     details: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is that goes on.
+
+    Attributes:
+        number: The request's number.
+        outline: What is known of its plan without the training.
+        rungs: Those that it reached so far.
+    """
+
+    number: int
+    outline: Mapping[str, float]
+    rungs: tuple[Rung, ...] = ()
 
 
 EXECUTORS = {"local": ("paretune.search.local", "LocalExecutor")}
@@ -54,14 +71,19 @@ class Executor(ABC):
         """Begin a request; `number` names it in its outcome. It is stopped after `deadline` seconds."""
 
     @abstractmethod
-    def wait(self, timeout: float) -> list[Outcome]:
-        """The requests that ended since the last call; blocks up to `timeout` seconds for the first.
+    def wait(self, timeout: float) -> list[Outcome | Progress]:
+        """What ended or got on since the last call, in its order for each request; blocks up to `timeout` seconds.
 
-        A request whose worker died or overran its deadline ends with an error; the worker is replaced.
+        A request that got on doesn't wait for an answer. One whose worker died, or that overran its deadline, ends
+        with an error; the worker is replaced.
 
         Raises:
             SearchError: No worker can be started.
         """
+
+    @abstractmethod
+    def stop(self, number: int) -> None:
+        """Ask a request to end early; no answer is waited for. It may end as if it hadn't been asked, or have ended."""
 
     @abstractmethod
     def close(self) -> None:

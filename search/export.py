@@ -13,6 +13,7 @@ from typing import Any
 
 from paretune.errors import JobError, ParetuneError
 from paretune.objectives.artifact import Card, verify_files
+from paretune.objectives.checkpoint import CHECKPOINT
 from paretune.objectives.environment import environment
 from paretune.search.front import knee
 from paretune.search.front_json import read_front
@@ -96,7 +97,7 @@ def export(run: Path, point: Point, destination: Path) -> str:
     destination.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=destination.parent, prefix=".exporting-") as made:
         folder = Path(made) / "model"
-        shutil.copytree(artifact, folder)
+        shutil.copytree(artifact, folder, ignore=shutil.ignore_patterns(CHECKPOINT))
         card = Card.read(folder)
         name = "run_artifact.py" if card.main.target.runtime in _STANDALONE else "run_with_paretune.py"
         program = files("paretune.search") / "templates" / name

@@ -34,6 +34,7 @@ from paretune.search.job_types import (
     Patterns,
     RateRange,
     ResolvedPath,
+    Rungs,
     RuntimeOptions,
     Schedules,
     Section,
@@ -345,8 +346,18 @@ class SearchSection(Section):
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Seconds after which no trial is started, > 0; null: no limit."
     )
-    sampler: Literal["tpe", "nsga2", "gp", "random", "uniform"] = Field(
-        default="tpe", description="What proposes plans: tpe, nsga2, gp, random or uniform."
+    sampler: Literal["front", "tpe", "nsga2", "gp", "random", "uniform"] = Field(
+        default="front",
+        description="What proposes plans: front, which profiles the model and measures plans untrained; tpe, nsga2, "
+        "gp, random or uniform.",
+    )
+    stopping: Literal["front", "none"] = Field(
+        default="front",
+        description="Which trials are ended early: front, those that can't reach the front any more; none.",
+    )
+    rungs: Rungs = Field(
+        default=[0.25, 0.5],
+        description="Shares of a trial's training at which it is judged, ascending, in (0, 1); []: it isn't.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of the trials, in [0, 2^32).")
     workers: int = Field(default=1, ge=1, description="Trials at a time, each in a process of its own.")
@@ -356,7 +367,8 @@ class SearchSection(Section):
     )
     uniform_trials: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="How many plans with one ratio and one width throughout come first; null: automatic.",
+        description="How many plans with one ratio and one width throughout come first; null: automatic (none with the "
+        "sampler front, which has them among its candidates).",
     )
 
     @model_validator(mode="after")
@@ -371,7 +383,8 @@ class VerifySection(Section):
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="Passes over the training data for each point, > 0; null: twice finetune.epochs.",
+        description="Passes over the training data for each point, those of its trial among them, > 0; null: twice "
+        "finetune.epochs.",
     )
     rounds: int = Field(default=7, ge=1, description="Separate rounds in which the points are measured together.")
     points: Annotated[int, Field(ge=1)] | None = Field(

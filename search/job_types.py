@@ -7,6 +7,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -294,6 +295,12 @@ def _unique(values: list[_T]) -> list[_T]:
     return values
 
 
+def _ascending(values: list[float]) -> list[float]:
+    if any(first >= second for first, second in pairwise(values)):
+        raise RuleError("must ascend", short(values), "write e.g. [0.25, 0.5]")
+    return values
+
+
 def _layers(value: Any) -> Any:
     names = [*value, *value.values()] if isinstance(value, dict) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
@@ -330,6 +337,7 @@ Choices = Annotated[list[_T], BeforeValidator(_as_list), Field(min_length=1), Af
 """A list of which the search chooses one entry; a single one fixes it."""
 
 Augmentations = Annotated[list[Literal["crop", "flip", "cutout", "mixup"]], AfterValidator(_unique)]
+Rungs = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], AfterValidator(_ascending)]
 Hints = Annotated[list[str] | dict[str, str], BeforeValidator(_layers)]
 Importances = Choices[Importance]
 Schedules = Choices[Annotated[str, AfterValidator(_schedule)]]

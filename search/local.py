@@ -18,7 +18,7 @@ from typing import Any
 import cloudpickle
 
 from paretune.errors import SearchError
-from paretune.search.executor import Executor, Outcome
+from paretune.search.executor import Executor, Outcome, Progress
 from paretune.search.job import Job
 from paretune.search.requests import Request
 
@@ -64,27 +64,32 @@ class LocalExecutor(Executor):
         worker.begin(number, request, deadline)
         self.free -= 1
 
-    def wait(self, timeout: float) -> list[Outcome]:
+    def wait(self, timeout: float) -> list[Outcome | Progress]:
         end = time.monotonic() + timeout
-        outcomes: list[Outcome] = []
-        while not outcomes:
+        events: list[Outcome | Progress] = []
+        while not events:
             busy = {worker.connection: worker for worker in self._workers if worker.number is not None}
             limits = [end, *(worker.limit for worker in busy.values())]
             pause = max(0.0, min(limits) - time.monotonic())
             for ready in wait(list(busy), timeout=pause):
-                outcomes += self._receive(busy[ready])  # type: ignore[index]
-            outcomes += [self._kill(worker) for worker in list(busy.values()) if self._overdue(worker)]
+                events += self._receive(busy[ready])  # type: ignore[index]
+            events += [self._kill(worker) for worker in list(busy.values()) if self._overdue(worker)]
             if time.monotonic() >= end:
                 break
-        self.free += len(outcomes)
-        return outcomes
+        self.free += sum(isinstance(event, Outcome) for event in events)
+        return events
+
+    def stop(self, number: int) -> None:
+        for worker in self._workers:
+            if worker.number == number:
+                worker.send(cloudpickle.dumps(number))
 
     def close(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
 
-    def _receive(self, worker: _Worker) -> list[Outcome]:
+    def _receive(self, worker: _Worker) -> list[Outcome | Progress]:
         number = worker.number
         assert number is not None
         try:
@@ -96,6 +101,8 @@ class LocalExecutor(Executor):
             worker.is_ready = True
             worker.limit = time.monotonic() + worker.deadline
             return []
+        if isinstance(message, Progress):
+            return [message]
         worker.number = None
         result, error, details = message
         return [Outcome(number, result, error, details)]
@@ -174,7 +181,7 @@ class _Worker:
         self.number = number
         self.deadline = deadline
         self.limit = time.monotonic() + (deadline if self.is_ready else _START_SECONDS)
-        self.send(cloudpickle.dumps(request))
+        self.send(cloudpickle.dumps((number, request)))
 
     def is_dead(self) -> bool:
         """Whether it died since its last request: an idle worker says nothing, so all there is to read is the end."""

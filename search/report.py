@@ -24,16 +24,18 @@ from paretune.search._runfiles import (
     amount,
     describe_target,
     flat,
+    last_rung,
     load_run,
     milliseconds,
     number,
-    plural,
     redacted,
 )
+from paretune.search.hypervolume import hypervolume, hypervolume_curve, losses, reference_point
 
 Metrics = Mapping[str, Any]
 Table = list[dict[str, Any]]
 
+_AXES = ("latency_ms", "accuracy")
 _ERROR_LENGTH = 600
 
 
@@ -61,7 +63,7 @@ def write_report(run: Path, *, command: str | None = None) -> Path:
         target=_targets(data),
         samples=number(data.baseline.get("test"), "samples"),
         headline=_headline(data),
-        counts=_counts(data),
+        counts=data.counts,
         front_picture=Markup(picture),
         running=bool(data.states["RUNNING"] or data.states["WAITING"]),
         table=_front_table(data),
@@ -90,16 +92,6 @@ def _targets(run: RunFiles) -> str:
     main = describe_target(run.front.get("target"))
     others = [f"{name}: {describe_target(target)}" for name, target in run.targets.items()]
     return "; ".join([main, *others]) if main else ""
-
-
-def _counts(run: RunFiles) -> str:
-    states = run.states
-    infeasible = sum(_shape(trial) == "infeasible" for trial in run.trials if trial.get("state") == "COMPLETE")
-    names = {**charts.STATES, "WAITING": "waiting"}
-    if infeasible:
-        names["COMPLETE"] += f" ({infeasible} of them infeasible)"
-    parts = [f"{states[state]} {name}" for state, name in names.items() if states[state]]
-    return f"{plural(len(run.trials), 'trial')}: {', '.join(parts)}" if parts else "no trials yet"
 
 
 def _headline(run: RunFiles) -> str:
@@ -138,6 +130,12 @@ def _mark(metrics: Metrics | None, scale: Scale, *, shape: charts.Shape, title: 
     return [charts.Mark(latency, accuracy * scale.factor, shape, title, low_ms=low, high_ms=high, **more)]
 
 
+def _stopped(trial: Mapping[str, str]) -> tuple[Metrics, str]:
+    """A trial's row, with the accuracy of its last rung if it was stopped there, and words that say so."""
+    last = last_rung(trial) if trial.get("state") == "PRUNED" else None
+    return (trial, "") if last is None else ({**trial, "accuracy": last[1]}, f", stopped early at {last[0]:.0%}")
+
+
 def _shape(trial: Mapping[str, str]) -> charts.Shape:
     if trial.get("state") == "PRUNED":
         return "pruned"
@@ -154,8 +152,9 @@ def _front_picture(run: RunFiles) -> str:
     listed = {str(point["trial"]) for point in run.points}
     for trial, row in rows.items():
         if trial not in listed and row.get("state") in ("COMPLETE", "PRUNED"):
-            title = _title(trial, row.get("source", ""), row, scale)
-            marks["validation"] += _mark(row, scale, shape=_shape(row), title=title)
+            shown, when = _stopped(row)
+            title = _title(trial, row.get("source", ""), shown, scale) + when
+            marks["validation"] += _mark(shown, scale, shape=_shape(row), title=title)
     for split, found in marks.items():
         name = f"baseline {run.baseline.get('format', '')}".strip()
         baseline = run.baseline.get(split)
@@ -167,7 +166,7 @@ def _front_picture(run: RunFiles) -> str:
             label = ", ".join(picks.get(point["trial"], []))
             found += _mark(point.get(split), scale, shape=_shape(row), title=title, label=label, front=True)
     test = marks["test"] if any(mark.front for mark in marks["test"]) else []
-    subtitle = ". ".join(part for part in (_targets(run), _counts(run)) if part)
+    subtitle = ". ".join(part for part in (_targets(run), run.counts) if part)
     return charts.front_chart(marks["validation"], test, title=run.name, subtitle=subtitle, accuracy_name=scale.axis)
 
 
@@ -336,22 +335,21 @@ def _hypervolume(run: RunFiles) -> dict[str, Any]:
     latency, accuracy = number(base, "latency_ms"), number(base, "accuracy")
     if latency is None or accuracy is None:
         return {"chart": "", "reference": "", "outside": 0}
-    # Tied to the baseline alone, so that the curves of two runs of one job can be compared.
-    reference = (1.1 * latency, (accuracy - 0.1 * abs(accuracy)) * factor)
+    worst = reference_point({"latency_ms": latency, "accuracy": accuracy * factor}, _AXES)
     numbers, points = [], []
     for trial in run.trials:
         measured = number(trial, "latency_ms"), number(trial, "accuracy")
         counts = trial.get("state") == "COMPLETE" and trial.get("feasible", "").lower() != "false"
         if counts and measured[0] is not None and measured[1] is not None:
             numbers.append(int(trial["trial"]))
-            points.append((measured[0], measured[1] * factor))
+            points.append(losses({"latency_ms": measured[0], "accuracy": measured[1] * factor}, _AXES))
     if not points:
         return {"chart": "", "reference": "", "outside": 0}
-    curve = list(zip(numbers, charts.hypervolume_curve(points, reference), strict=True))
+    curve = list(zip(numbers, hypervolume_curve(points, worst), strict=True))
     unit = f"ms \u00d7 {run.scale.unit}"
-    alone = charts.hypervolume([(latency, accuracy * factor)], reference)
-    where = f"{reference[0]:.3g} ms and {run.scale.show(reference[1] / factor)}"
-    outside = sum(x >= reference[0] or y <= reference[1] for x, y in points)
+    alone = hypervolume([(latency, -accuracy * factor)], worst)
+    where = f"{worst[0]:.3g} ms and {run.scale.show(-worst[1] / factor)}"
+    outside = sum(not all(x < bound for x, bound in zip(point, worst, strict=True)) for point in points)
     drawn = charts.hypervolume_chart(curve, baseline=alone, unit=unit)
     return {"chart": Markup(drawn), "reference": where, "outside": outside}
 
@@ -367,7 +365,9 @@ def _timeline(run: RunFiles) -> Markup | str:
         state, seconds = trial.get("state", ""), number(trial, "seconds")
         length = "" if seconds is None else f", {seconds:.1f} s"
         reason = f": {_reason(trial)}" if trial.get("error") else ""
-        title = f"trial {trial.get('trial')} {charts.STATES.get(state, state)}{length}{reason}"
+        last = last_rung(trial) if state == "PRUNED" else None
+        ended = charts.STATES.get(state, state) + (f" at {last[0]:.0%}" if last else "")
+        title = f"trial {trial.get('trial')} {ended}{length}{reason}"
         spans.append(charts.Span(start, seconds, state, title))
     return Markup(charts.timeline_chart(spans)) if spans else ""
 

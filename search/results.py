@@ -101,23 +101,28 @@ def _point(run: Path, row: TrialRow, artifact: Path) -> dict[str, Any]:
 
 
 def write_trials(run: Path, rows: Sequence[TrialRow]) -> None:
-    """Write `trials.csv`: one line a trial, its metrics, then its parameters."""
+    """Write `trials.csv`: one line a trial, its metrics, then its parameters.
+
+    A trial that was stopped early has what was known of it before its training; `rungs` says what it could do then, as
+    ``share:accuracy`` in turn.
+    """
     names = sorted({name for row in rows for name in row.trial.params})
-    measured = dict.fromkeys(name for row in rows if row.record for name in row.measurement.to_dict())
+    measured = dict.fromkeys(name for row in rows for name in _known(row))
     metrics_names = [*_METRICS, *(name for name in measured if name not in _METRICS)]
     header = ["trial", "state", "source", *metrics_names]
-    header += ["feasible", "noisy", "seconds", "started", "plan_hash", "error", *names]
+    header += ["feasible", "noisy", "rungs", "steps", "seconds", "started", "plan_hash", "error", *names]
     lines = []
     for row in rows:
         started = row.trial.datetime_start
-        metrics: Mapping[str, Any] = row.measurement.to_dict() if row.record else {}
         line = {
             "trial": row.number,
             "state": row.trial.state.name,
             "source": row.source,
-            **metrics,
+            **_known(row),
             "feasible": str(row.feasible).lower() if row.record else "",
             "noisy": str(row.record.noisy).lower() if row.record else "",
+            "rungs": " ".join(f"{rung.share:g}:{rung.accuracy:.6g}" for rung in row.rungs),
+            "steps": row.steps,
             "seconds": "" if row.seconds is None else round(row.seconds, 3),
             "started": started.isoformat() if started else "",
             "plan_hash": row.plan.hash if row.plan else "",
@@ -130,6 +135,12 @@ def write_trials(run: Path, rows: Sequence[TrialRow]) -> None:
     with partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *lines])
     partial.replace(path)
+
+
+def _known(row: TrialRow) -> Mapping[str, Any]:
+    if row.stopped:
+        return row.stopped.outline
+    return row.measurement.to_dict() if row.record else {}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,28 +17,26 @@ from typing import Any
 from paretune.errors import JobError, SearchError
 from paretune.objectives.accelerator import release_memory
 from paretune.objectives.baseline import Baseline, make_baseline
-from paretune.objectives.device import Device
 from paretune.objectives.environment import environment
 from paretune.objectives.measurement import Measurement
 from paretune.objectives.problem import Problem
-from paretune.search.executor import Executor, Outcome, make_executor
+from paretune.search.executor import make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
+from paretune.search.preparation import prepare
 from paretune.search.problem import BASELINE, float_widths, load_problem
 from paretune.search.profile import Profile, make_job_space, profile_job
 from paretune.search.report import write_report
-from paretune.search.requests import Evaluate
-from paretune.search.results import candidates, write_front, write_trials
-from paretune.search.samplers import SAMPLERS
-from paretune.search.study import Proposal, SearchStudy, check_new_study, stored_rows, study_url
+from paretune.search.results import candidates, write_trials
+from paretune.search.samplers import NOTHING, SAMPLERS, Known
+from paretune.search.study import SearchStudy, check_new_study, stored_rows, study_url
+from paretune.search.trials import run_trials
 from paretune.search.verify_front import verify_front
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.space import SearchSpace
 
 Report = Callable[[str], None]
 """Takes a line for the user."""
-
-_POLL = 1.0
 
 
 def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = None) -> Path:
@@ -165,14 +161,17 @@ def _search(job: Job, folder: Path, problem: Problem, profile: Profile, report: 
 def _search_alone(job: Job, folder: Path, problem: Problem, profile: Profile, report: Report) -> Path:
     metric = problem.task.metric_name
     space = make_job_space(job, problem, profile, Baseline(folder / BASELINE).float_bits[""])
-    study = open_study(job, folder, space)
+    known = prepare(job, folder, problem, profile, space, report)
+    study = open_study(job, folder, space, known)
+    if known.knowledge and not study.spent_seconds:
+        study.spent_seconds = sum(known.knowledge.seconds.values())  # what was learnt first is part of the search
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
     _enqueue(job, study, space)
     executor = make_executor(job, folder, workers=job.search.workers)
     with _sigterm_raises():
         try:
-            begun = _trials(job, folder, study, executor, metric, report)
+            begun = run_trials(job, folder, study, executor, metric, problem.device(), report)
             if not begun and _is_verified(folder):
                 report("nothing is left to do: the budget is spent and the front is verified")
                 return folder
@@ -192,25 +191,25 @@ def _search_alone(job: Job, folder: Path, problem: Problem, profile: Profile, re
     return folder
 
 
-def open_study(job: Job, folder: Path, space: SearchSpace) -> SearchStudy:
+def open_study(job: Job, folder: Path, space: SearchSpace, known: Known = NOTHING) -> SearchStudy:
     """The study of a run, made if there is none yet."""
     return SearchStudy(
         job.name,
         job.storage or study_url(folder),
         space,
-        SAMPLERS[job.search.sampler](space, job.search.seed),
+        SAMPLERS[job.search.sampler](space, job.search.seed, known),
         objectives=job.all_objectives,
         constraints=job.constraints,
     )
 
 
 def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
-    """The dense model and uniform plans come first; a resumed study has them already."""
+    """The dense model, variants and uniform plans come first; a resumed study has them already."""
     if study.rows() or job.search.sampler == "uniform":
         return
     count = job.search.uniform_trials
-    if count is None:
-        count = min(8, (job.search.trials or 40) // 5)
+    if count is None:  # the sampler `front` has uniform plans among its candidates
+        count = 0 if job.search.sampler == "front" else min(8, (job.search.trials or 40) // 5)
     study.enqueue(space.sweep(0), "dense")
     for variant in space.variants:
         study.enqueue(space.uniform(variant=variant), "variant")
@@ -221,75 +220,10 @@ def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
             study.enqueue(plan, "uniform")
 
 
-def _trials(job: Job, folder: Path, study: SearchStudy, executor: Executor, metric: str, report: Report) -> int:
-    """Propose, evaluate, tell, until the budget is spent; returns how many trials were begun."""
-    before = begun = study.proposed()
-    start = time.monotonic() - study.spent_seconds
-    end = start + job.search.timeout if job.search.timeout else math.inf
-    running: dict[int, Proposal] = {}
-    limit = job.search.trials or sys.maxsize
-    device = Device(*job.devices)
-    while True:
-        while executor.free > 0 and begun < limit and time.monotonic() < end:
-            with device.shared():  # samplers compute too, and somebody may be measuring
-                proposal = study.propose()
-            begun += 1
-            running[proposal.number] = proposal
-            executor.submit(proposal.number, _request(job, folder, proposal), deadline=job.search.trial_timeout)
-        if not running:
-            return begun - before
-        for outcome in executor.wait(_POLL):
-            proposal = running.pop(outcome.number)
-            error = _tell(folder, study, proposal, outcome)
-            study.spent_seconds = time.monotonic() - start
-            write_front(folder, study, metric)
-            report(_line(metric, proposal, outcome, error))
-
-
-def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
-    trial = folder / "trials" / str(proposal.number)
-    trial.mkdir(parents=True, exist_ok=True)
-    (trial / "plan.json").write_text(proposal.plan.to_json() + "\n")
-    return Evaluate(proposal.plan, trial / "artifact", job.search.seed)
-
-
-def _tell(folder: Path, study: SearchStudy, proposal: Proposal, outcome: Outcome) -> str:
-    """Store what came of a trial; returns why it failed, if it did."""
-    trial = folder / "trials" / str(proposal.number)
-    error = outcome.error
-    if not error and (lacking := study.lacking(outcome.result.measurement)):
-        error = f"every objective and bound must be measured, but {lacking} couldn't be read on its target"
-    if error:
-        (trial / "error.txt").write_text(f"{error}\n\n{outcome.details}".rstrip() + "\n")
-        study.fail(proposal.number, error)
-        return error
-    record = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
-    _write_json(trial / "record.json", record | outcome.result.to_dict())
-    study.complete(proposal.number, outcome.result)
-    return ""
-
-
-def _line(metric: str, proposal: Proposal, outcome: Outcome, error: str) -> str:
-    head = f"trial {proposal.number} ({proposal.source})"
-    if error:
-        return f"{head}: failed: {error}"
-    measured = outcome.result.measurement.main
-    others = outcome.result.measurement.on.items()
-    seconds = sum(outcome.result.seconds.values())
-    return (
-        f"{head}: {metric} {measured.accuracy:.4f}, {measured.latency_ms:.3f} ms "
-        f"({measured.speedup:.2f}x), "
-        + "".join(f"{other.latency_ms:.3f} ms on {name} ({other.speedup:.2f}x), " for name, other in others if name)
-        + f"{measured.size_bytes:,} bytes, {seconds:.1f} s"
-        + (", noisy" if outcome.result.noisy else "")
-    )
-
-
 def _why_nothing(study: SearchStudy) -> str:
     rows = study.rows()
     errors = [row.error for row in rows if row.error]
-    complete = sum(row.record is not None for row in rows)
-    if complete:
+    if complete := sum(row.record is not None for row in rows):
         bounds = ", ".join(map(str, study.constraints))
         return f"a trial must keep all of {bounds}, but none of {complete} did; loosen them or search longer"
     last = f"; the last one: {errors[-1]}" if errors else ""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from paretune.search._runfiles import load_run
 from paretune.search.front import knee
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def print_front(run: Path, front: Mapping[str, Any]) -> None:
     _print_objectives(console, front)
     for name in front.get("targets", {}):
         _print_target(console, front, name)
+    if front["verified"]:  # before the end of the search the table of the trials isn't of now
+        trials = load_run(run)
+        if trials.trials:
+            console.print(" ".join(filter(None, (f"{trials.counts}.", trials.saved))), highlight=False, soft_wrap=True)
     if points:
         console.print(f"paretune export {run} --knee", highlight=False, soft_wrap=True)
     if (run / "report.html").is_file():

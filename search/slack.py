@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -25,7 +25,7 @@ from paretune.objectives.sensitivity import (
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.grid import ratio_of, snap
 from paretune.spaces.plan import CompressionPlan, Factorization, Pruning, Quantization, Sharing, Sparsification
-from paretune.spaces.space import SearchSpace
+from paretune.spaces.space import Options, SearchSpace
 
 LEVELS = (
     (0.01, "less than 1%", "#58b999"),
@@ -131,50 +131,70 @@ def probes_of(space: SearchSpace, grids: Mapping[str, Sequence[int]] | None = No
     return [*_pruned({**space.grids, **(grids or {})}, space), *_quantized(space), *_factorized(space), *_zeroed(space)]
 
 
+def probe_of(options: Options, technique: str, name: str, value: float, setting: str = "") -> Probe:
+    """A technique on one layer or group alone, as the first choices of a space have it.
+
+    Args:
+        options: Of the space.
+        technique: Section of the plan.
+        name: Of the layer or group.
+        value: How strongly, as the plan has it. Sparse weights in a pattern of blocks have the pattern's share instead.
+        setting: The same in words; by default the value.
+    """
+    blocks = Sparsification(pattern=options.patterns[0]).blocks
+    if technique == "sparsify" and blocks is not None:
+        value = round(1 - blocks[0] / blocks[1], 6)
+    plan = CompressionPlan(**{technique: _SECTIONS[technique](options, name, value)})
+    return Probe(technique, name, setting or f"{value:g}", value, plan)
+
+
+_SECTIONS: Mapping[str, Callable[[Options, str, float], Any]] = {
+    "prune": lambda options, name, value: Pruning(ratios={name: value}, importance=options.importance[0]),
+    "quantize": lambda options, name, value: Quantization(
+        bits={name: int(value)},
+        observer=options.observers[0],
+        activations=options.activations[0],
+        granularity=options.granularity[0],
+        affine=options.affine[0] and options.activations[0] == "float",
+    ),
+    "factorize": lambda options, name, value: Factorization(ranks={name: value}, method=options.methods[0]),
+    "sparsify": lambda options, name, value: Sparsification(sparsity={name: value}, pattern=options.patterns[0]),
+    "share": lambda options, name, value: Sharing(clusters={name: int(value)}),
+}
+"""Field of a plan to what does it to one layer or group."""
+
+
 def _pruned(grids: Mapping[str, Sequence[int]], space: SearchSpace) -> Iterator[Probe]:
     ratio = min(_RATIO, space.options.max_ratio)
     for group, grid in grids.items() if space.options.prune else ():
         value = ratio_of(snap(ratio, list(grid)), grid[-1])
-        pruning = Pruning(ratios={group: value}, importance=space.options.importance[0])
-        yield Probe("prune", group, f"about {ratio:.0%}", value, CompressionPlan(prune=pruning))
+        yield probe_of(space.options, "prune", group, value, f"about {ratio:.0%}")
 
 
 def _quantized(space: SearchSpace) -> Iterator[Probe]:
-    options = space.options
-    activations = options.activations[0]
     for width in sorted({width for widths in space.widths.values() for width in widths if width <= 8}, reverse=True):
         for layer in [layer for layer, widths in space.widths.items() if width in widths]:
-            config = Quantization(
-                bits={layer: width},
-                observer=options.observers[0],
-                activations=activations,
-                granularity=options.granularity[0],
-                affine=options.affine[0] and activations == "float",
-            )
-            yield Probe("quantize", layer, f"{width} bits", width, CompressionPlan(quantize=config))
+            yield probe_of(space.options, "quantize", layer, width, f"{width} bits")
 
 
 def _factorized(space: SearchSpace) -> Iterator[Probe]:
     for method in space.options.methods:
+        options = replace(space.options, methods=(method,))
         for layer in [layer for layer, largest in space.ranks.items() if largest > _RANK]:
-            config = Factorization(ranks={layer: _RANK}, method=method)
-            yield Probe("factorize", layer, f"{method}, {_RANK:.0%}", _RANK, CompressionPlan(factorize=config))
+            yield probe_of(options, "factorize", layer, _RANK, f"{method}, {_RANK:.0%}")
 
 
 def _zeroed(space: SearchSpace) -> Iterator[Probe]:
     """Sparse weights, and shared ones."""
+    share = min(_SPARSITY, space.options.max_sparsity)
     for pattern in space.options.patterns:
-        share = min(_SPARSITY, space.options.max_sparsity)
-        if blocks := Sparsification(pattern=pattern).blocks:
-            share = round(1 - blocks[0] / blocks[1], 6)
-        setting = f"{share:.0%}" if blocks is None else pattern
+        options = replace(space.options, patterns=(pattern,))
+        setting = f"{share:.0%}" if pattern == "unstructured" else pattern
         for layer in [name for name in space.sparse if pattern not in space.narrow.get(name, ())]:
-            sparse = Sparsification(sparsity={layer: share}, pattern=pattern)
-            yield Probe("sparsify", layer, setting, share, CompressionPlan(sparsify=sparse))
+            yield probe_of(options, "sparsify", layer, share, setting)
     for layer in space.shared:
         clusters = min(space.options.clusters)
-        shared = Sharing(clusters={layer: clusters})
-        yield Probe("share", layer, f"{clusters} values", clusters, CompressionPlan(share=shared))
+        yield probe_of(space.options, "share", layer, clusters, f"{clusters} values")
 
 
 def most_slack(analysis: Analysis, slack: Slack) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from paretune.errors import JobError
 from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.progress import Rung, Stopped
 from paretune.search._runfiles import redacted
 from paretune.search.front import feasible, violation
 from paretune.search.job import Job
@@ -25,6 +26,7 @@ from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
 _SOURCE, _PLAN, _RECORD, _ERROR, _SPENT = "source", "plan", "record", "error", "spent_seconds"
+_STOPPED, _EXPECTED = "stopped", "expected_accuracy"
 _SAMPLER = "sampler"
 """The source of trials that carry none: most, and each attribute is a transaction."""
 
@@ -78,6 +80,7 @@ class SearchStudy:
         if self._study.get_trials(deepcopy=False):
             sampler.reseed_rng()  # else a resumed search would propose again what it proposed with its seed before
         self._running: dict[int, optuna.Trial] = {}
+        self._ended: dict[int, TrialRow] = {}
 
     def enqueue(self, plan: CompressionPlan, source: str) -> None:
         """Have a plan evaluated before the sampler's own."""
@@ -107,6 +110,23 @@ class SearchStudy:
         for constraint in self.constraints:
             trial.set_constraint(str(constraint), violation(constraint, metrics))
         self._study.tell(trial, [metrics[name] for name in self.objectives])
+
+    def stop(self, number: int, stopped: Stopped, expected: tuple[float, float] | None = None) -> None:
+        """Tell that a trial was ended in its training, as Optuna's PRUNED; it has no values.
+
+        Args:
+            number: The trial's.
+            stopped: What it had shown.
+            expected: Mean and standard deviation of the accuracy that it would have come to, where that can be said.
+        """
+        trial = self._running.pop(number)
+        trial.set_user_attr(_STOPPED, stopped.to_dict())
+        if expected is not None:
+            trial.set_user_attr(_EXPECTED, list(expected))
+        for constraint in self.constraints:
+            if constraint.name in stopped.outline:
+                trial.set_constraint(str(constraint), violation(constraint, stopped.outline))
+        self._study.tell(trial, state=TrialState.PRUNED)
 
     def fail(self, number: int, error: str) -> None:
         """Tell that a trial failed, and why."""
@@ -142,7 +162,17 @@ class SearchStudy:
 
     def rows(self) -> list[TrialRow]:
         """Every trial, in the order of its number."""
-        return [TrialRow(trial, self.constraints) for trial in self._study.get_trials(deepcopy=False)]
+        found = []
+        for trial in self._study.get_trials(deepcopy=False):
+            row = self._ended.get(trial.number) or TrialRow(trial, self.constraints)
+            if trial.state.is_finished():  # nothing of it changes any more, and reading a record takes its time
+                self._ended[trial.number] = row
+            found.append(row)
+        return found
+
+
+def _rungs(stopped: Mapping[str, Any]) -> tuple[Rung, ...]:
+    return tuple(Rung(**rung) for rung in stopped["rungs"])
 
 
 def stored_rows(job: Job, run: Path) -> list[TrialRow]:
@@ -165,6 +195,8 @@ class TrialRow:
         record = trial.user_attrs.get(_RECORD) if trial.state == TrialState.COMPLETE else None
         self.record = Record.from_dict(record) if record else None
         self.feasible = self.record is not None and feasible(self.measurement.to_dict(), constraints)
+        stopped = trial.user_attrs.get(_STOPPED) if trial.state == TrialState.PRUNED else None
+        self.stopped = Stopped(**stopped | {"rungs": _rungs(stopped)}) if stopped else None
 
     @property
     def number(self) -> int:
@@ -181,6 +213,23 @@ class TrialRow:
         """Its measurement; only of a complete trial."""
         assert self.record is not None
         return self.record.measurement
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """Those that it reached, of a trial that is complete or was stopped."""
+        ended = self.record or self.stopped
+        return ended.rungs if ended else ()
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps that were run, where that is known."""
+        return self.stopped.steps if self.stopped else self.record.training.get("steps") if self.record else None
+
+    @property
+    def expected(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the final accuracy that a stopped trial would have come to, where known."""
+        found = self.trial.user_attrs.get(_EXPECTED)
+        return (found[0], found[1]) if found else None
 
     @property
     def plan(self) -> CompressionPlan | None:
@@ -200,6 +249,14 @@ class TrialRow:
         """Its duration, once it ended."""
         duration = self.trial.duration
         return duration.total_seconds() if duration else None
+
+
+def results_of(trial: FrozenTrial) -> tuple[Mapping[str, float], tuple[float, float] | None]:
+    """What an ended trial is known to cost, and the mean and deviation of the accuracy that a stopped one expected."""
+    attributes = trial.user_attrs
+    measured = (attributes.get(_RECORD) or {}).get("measurement") or (attributes.get(_STOPPED) or {}).get("outline")
+    expected = attributes.get(_EXPECTED)
+    return measured or {}, (expected[0], expected[1]) if expected else None
 
 
 def open_storage(url: str) -> RDBStorage:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from paretune.errors import JobError, SearchError, TrialError
+from paretune.errors import JobError
 from paretune.objectives.compress.layers import has_own_weight
 from paretune.objectives.compress.lowrank import factorizable, largest_share
 from paretune.objectives.compress.sparsity import can_sparsify
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.problem import Problem
 from paretune.search.job import Job
+from paretune.search.outline import outline
 from paretune.spaces.analysis import EXCLUDED, Analysis
 from paretune.spaces.graph import execution_order
 from paretune.spaces.plan import CompressionPlan
@@ -151,39 +152,25 @@ def try_techniques(
     """
     report("trying what each technique brings on the target (untrained, all layers at once)")
     without = space.uniform()
-    before = _outline(job, evaluator, without)
+    before = outline(evaluator, without, job.search.seed)
     if isinstance(before, str):
         raise JobError("space.bits", "must allow a plan that runs on the targets", before, "allow a float width")
     counted, found = _counted(job), []
     for one in _tries(space, executes):
         asked = getattr(job.space, one.technique) is True
-        outline = _outline(job, evaluator, one.plan) if one.plan.hash != without.hash else {}
-        after = outline if isinstance(outline, dict) else {}
-        if isinstance(outline, str):  # other plans with the technique may run, and what is asked for gets its chance
-            offered, reason = asked, outline
-        elif not outline:
+        found_out = outline(evaluator, one.plan, job.search.seed) if one.plan.hash != without.hash else {}
+        after = found_out if isinstance(found_out, dict) else {}
+        if isinstance(found_out, str):  # other plans with the technique may run, and what is asked for gets its chance
+            offered, reason = asked, found_out
+        elif not found_out:
             offered, reason = False, _NOTHING[one.technique]
         else:
-            offered, reason = _judged(one, before, outline, counted)
+            offered, reason = _judged(one, before, found_out, counted)
             if asked and not offered:
                 offered, reason = True, f"{reason}, but the job asks for it (space.{one.technique}: true)"
         left = {name: value / before[name] for name, value in after.items() if not name.startswith(_HIGH)}
         found.append(Tried(one.technique, one.setting, one.value, left, offered, reason))
     return found
-
-
-def _outline(job: Job, evaluator: Evaluator, plan: CompressionPlan) -> dict[str, float] | str:
-    """What is known of a plan without training, or why it doesn't run."""
-    try:
-        return evaluator.outline(plan, seed=job.search.seed)
-    except (JobError, SearchError, MemoryError):
-        raise
-    except TrialError as error:
-        return str(error)
-    except Exception as error:
-        # Exporters and runtimes raise whatever they like for what they can't do, AssertionError and TypeError among it,
-        # so that mistakes of our own can't be told from that: the error's kind in the reason shows them.
-        return f"{type(error).__name__}: {error}"
 
 
 def _counted(job: Job) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from paretune.errors import SearchError
+from paretune.errors import SearchError, TrialError
+from paretune.objectives.checkpoint import Checkpoint
+from paretune.search._runfiles import plural
 from paretune.search.executor import Executor, Outcome, make_executor
 from paretune.search.job import Job
 from paretune.search.problem import BASELINE
@@ -19,19 +22,21 @@ def verify_front(
 ) -> None:
     """Verify the front's members and write the verified `front.json`.
 
-    The plans just behind the front are verified with it, as far as `verify.points` allows. Each is fine-tuned anew for
-    `verify.epochs`; of its two artifacts the one with the better validation accuracy stays. The executor is then
-    closed, and a process that did nothing else measures all together and scores them.
+    The plans just behind the front are verified with it, as far as `verify.points` allows. The training of each goes on
+    from its trial's checkpoint to `verify.epochs`, or begins anew where there is none to go on from; of its two
+    artifacts the one with the better validation accuracy stays. The executor is then closed, and a process that did
+    nothing else measures all together and scores them.
 
     Raises:
         SearchError: The measuring failed.
     """
     members = _members(study, job.verify.points)
-    report(f"verifying {len(members)} plans: the front and the next best")
     artifacts = {row.number: run / "trials" / str(row.number) / "artifact" for row in members}
     epochs = job.verify.epochs or 2 * job.finetune.epochs
-    deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
-    requests = [_longer(run, row, job.search.seed, epochs) for row in members]
+    trained = {number: _trained(artifact, epochs) for number, artifact in artifacts.items()}
+    report(f"verifying {plural(len(members), 'plan')}, the front and the next best: {_how(trained.values(), epochs)}")
+    requests = [_longer(run, row, job.search.seed, epochs, trained[row.number]) for row in members]
+    deadline = job.search.trial_timeout * max(1.0, (epochs - min(trained.values(), default=0.0)) / job.finetune.epochs)
     for outcome in _run_all(executor, requests, deadline):
         row = next(row for row in members if row.number == outcome.number)
         if outcome.error:
@@ -51,9 +56,27 @@ def verify_front(
     write_front(run, study, metric, verified)
 
 
-def _longer(run: Path, row: TrialRow, seed: int, epochs: float) -> tuple[int, Evaluate]:
+def _trained(artifact: Path, epochs: float) -> float:
+    """Epochs after which a trial's training can go on; 0 where it begins anew, as that of older versions."""
+    try:
+        trained = Checkpoint.read(artifact).epochs
+    except TrialError:
+        return 0.0
+    return trained if trained < epochs else 0.0
+
+
+def _how(trained: Iterable[float], epochs: float) -> str:
+    begins = Counter(done > 0 for done in trained)
+    resumed, anew = begins[True], begins[False]
+    parts = [f"{resumed} trained on from their trials to {epochs:g} epochs"] if resumed else []
+    return ", ".join([*parts, *([f"{anew} trained anew for {epochs:g} epochs"] if anew else [])])
+
+
+def _longer(run: Path, row: TrialRow, seed: int, epochs: float, trained: float) -> tuple[int, Evaluate]:
     assert row.plan is not None
-    return row.number, Evaluate(row.plan, run / "trials" / str(row.number) / "verified", seed, epochs)
+    trial = run / "trials" / str(row.number)
+    resume = trial / "artifact" if trained else None
+    return row.number, Evaluate(row.plan, trial / "verified", seed, epochs, resume=resume)
 
 
 def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify]], deadline: float) -> list[Outcome]:
@@ -63,7 +86,7 @@ def _run_all(executor: Executor, requests: Sequence[tuple[int, Evaluate | Verify
         while waiting and executor.free > 0:
             number, request = waiting.pop(0)
             executor.submit(number, request, deadline=deadline)
-        outcomes += executor.wait(1.0)
+        outcomes += [event for event in executor.wait(1.0) if isinstance(event, Outcome)]
     return outcomes
 
 

@@ -6,10 +6,13 @@ Started by `paretune.search.local` with the number of an inherited socket; not m
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,13 +22,17 @@ import torch
 from paretune.errors import ParetuneError
 from paretune.objectives.accelerator import share_gpu, training_device
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.progress import Rung
+from paretune.search.executor import Progress
 from paretune.search.problem import load_evaluator
 
 
 def main(descriptor: int) -> None:
     """Serve requests over the socket `descriptor`.
 
-    Messages to the search: ``"ready"`` once, then for each request a triple (result, error, details).
+    Messages to the search: ``"ready"`` once, then for each request `Progress` any number of times and a triple (result,
+    error, details). From the search: after its path and the job, pairs (number, request), and while one runs its number
+    alone, which asks it to end early. One that comes too late is read before the next request, and means nothing.
     """
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -37,10 +44,13 @@ def main(descriptor: int) -> None:
     connection.send("ready")
     while True:
         try:
-            request = _receive(connection)
+            message = _receive(connection)
         except EOFError:
             return
-        outcome = _serve(evaluator, request)
+        if isinstance(message, int):
+            continue
+        number, request = message
+        outcome = _serve(evaluator, request, Wire(connection, number))
         connection.send(outcome)
         if outcome[1] and _gpu_is_broken():
             return  # a new worker begins afresh
@@ -51,9 +61,44 @@ def _receive(connection: Connection[Any, Any]) -> Any:
     return cloudpickle.loads(connection.recv_bytes())
 
 
-def _serve(evaluator: Evaluator, request: Any) -> tuple[Any, str, str]:
+class Wire:
+    """Tells the search how a request goes, and hears whether it shall end: a `paretune.objectives.progress.Watcher`.
+
+    Args:
+        connection: To the search.
+        number: Of the request that runs.
+    """
+
+    def __init__(self, connection: Connection[Any, Any], number: int) -> None:
+        self._connection = connection
+        self._progress = Progress(number, {})
+        self._ends = False
+        self._incoming = select.poll()  # registered once: Connection.poll makes a selector each time
+        self._incoming.register(connection.fileno(), select.POLLIN)
+
+    def outlined(self, outline: Mapping[str, float]) -> None:
+        """Send what is known of the plan."""
+        self._progress = replace(self._progress, outline=dict(outline))
+        self._connection.send(self._progress)
+
+    def reached(self, rung: Rung) -> None:
+        """Send it with the rungs before."""
+        self._progress = replace(self._progress, rungs=(*self._progress.rungs, rung))
+        self._connection.send(self._progress)
+
+    def wants_end(self) -> bool:
+        """Whether the search said so, or is no more; doesn't wait."""
+        if not self._ends and self._incoming.poll(0):
+            try:
+                self._ends = _receive(self._connection) == self._progress.number
+            except (EOFError, OSError):
+                self._ends = True
+        return self._ends
+
+
+def _serve(evaluator: Evaluator, request: Any, watcher: Wire) -> tuple[Any, str, str]:
     try:
-        return request(evaluator), "", ""
+        return request(evaluator, watcher), "", ""
     except ParetuneError as error:
         return None, str(error), traceback.format_exc()
     except Exception as error:

@@ -20,11 +20,12 @@ from paretune.errors import JobError, ParetuneError, TrialError
 from paretune.objectives import artifact
 from paretune.objectives.artifact import CARD, PLAN, PROBE, WEIGHTS, Card, load_module, probe_difference
 from paretune.objectives.baseline import Baseline, make_baseline, probe_widths, profile, profile_layers
+from paretune.objectives.checkpoint import CHECKPOINT
 from paretune.objectives.compress.lowrank import Factorized
 from paretune.objectives.compress.quantization import QuantizedLayer
 from paretune.objectives.compress.ties import weights_of
 from paretune.objectives.data import call
-from paretune.objectives.evaluate import Evaluator, Stopwatch
+from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.models import ModelSource
 from paretune.objectives.packing import unpack
@@ -33,6 +34,7 @@ from paretune.objectives.runtimes import LoadOptions, Target, get_runtime
 from paretune.objectives.runtimes.base import LayerReport
 from paretune.objectives.runtimes.openvino import OpenVINO
 from paretune.objectives.scoring import artifact_outputs
+from paretune.objectives.stopwatch import Stopwatch
 from paretune.spaces.plan import (
     CompressionPlan,
     Factorization,
@@ -104,7 +106,7 @@ def test_parameters_and_macs_are_the_promised_ones(dense: Trial, small: Trial, p
 
 
 def test_the_folder_is_complete(trial: Trial, problem: Problem) -> None:
-    assert {path.name for path in trial.folder.iterdir()} == {*FILES, CARD}
+    assert {path.name for path in trial.folder.iterdir()} == {*FILES, CARD, CHECKPOINT}
     assert [path.name for path in trial.folder.parent.iterdir()] == [trial.folder.name], "nothing unfinished is left"
     assert CompressionPlan.from_json((trial.folder / PLAN).read_text()) == trial.plan
     card = Card.read(trial.folder)

@@ -215,7 +215,7 @@ def test_batches_cover_each_epoch_in_a_new_order(small: Splits) -> None:
 
 def test_after_step_is_called_after_every_step(small: Splits) -> None:
     calls: list[int] = []
-    training = Training(small, Classification(), OPTIONS, after_step=lambda: calls.append(1))
+    training = Training(small, Classification(), OPTIONS, after_step=lambda _: calls.append(1))
     fit(fresh(), training, ALONE, training.batches(0), range(6), 6)
     assert len(calls) == 6
 
@@ -868,7 +868,7 @@ def test_a_diverging_loss_fails_the_trial_on_a_gpu(small: Splits) -> None:
 def test_a_measurement_waits_for_few_steps_of_a_gpu(small: Splits) -> None:
     calls: list[int] = []
     options = replace(OPTIONS, device="cuda")
-    training = Training(small, Classification(), options, after_step=lambda: calls.append(1))
+    training = Training(small, Classification(), options, after_step=lambda _: calls.append(1))
     fit(fresh(), training, ALONE, training.batches(0), range(45), 45)
     assert len(calls) == 3
 

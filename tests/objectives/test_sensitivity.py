@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paretune.objectives.compress import compress_numerics, compress_structure, resolve_plan
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
 from paretune.objectives.sensitivity import (
@@ -136,6 +137,30 @@ def test_records_repeat_whatever_the_order_and_the_generator(planted: Problem, p
     again = profile_sensitivity(planted, PROBES[::-1], samples=SAMPLES)
     assert replace(again, entries=again.entries[::-1]) == profile
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_rule_for_all_channels_is_probed_as_what_comes_of_it(planted: Problem) -> None:
+    rule = CompressionPlan(prune=Pruning(ratio=0.4, importance="l2"))
+    context = replace(planted.context([]), grids=planted.grids, exclude=planted.exclude)
+    resolved = resolve_plan(planted.model.build(), rule, context)
+    assert len(resolved.prune.ratios) > 1
+    probes = [Probe("prune", "", "40%", 0.4, plan) for plan in (rule, resolved)]
+    by_rule, by_ratios = profile_sensitivity(planted, probes, samples=SAMPLES).entries
+    assert by_rule.loss_increase
+    assert by_rule == by_ratios
+
+
+def test_a_probe_compresses_as_a_trial_does(planted: Problem, profile: Sensitivity) -> None:
+    (probe,) = [probe for probe in PROBES if probe.technique == "quantize"]
+    batches = list(planted.splits.train.batches(64, shuffle_seed=0))[: SAMPLES // 64]
+    model = compress_structure(planted.model.build(), probe.plan, planted.context(batches))
+    model = compress_numerics(model, probe.plan, planted.context(batches))
+    samples = validation_batches(planted, SAMPLES)
+    with torch.no_grad():
+        losses = [Classification().loss(model(batch.inputs), batch.targets) for batch in samples]
+    entry = profile.find("quantize", probe.name, probe.value)
+    assert entry is not None
+    assert entry.loss_increase == pytest.approx(float(torch.stack(losses).mean()) - profile.loss, abs=1e-6)
 
 
 def test_json_round_trip(profile: Sensitivity) -> None:

@@ -90,7 +90,7 @@ class TinyJob:
             "space": {"channels": "fixed", **TECHNIQUES},
             "finetune": {"epochs": 0.2, "batch_size": 64},
             "target": {"batch_size": 8},
-            "search": {"trials": 6, "workers": 2},
+            "search": {"trials": 6, "workers": 2, "sampler": "tpe"},
             "verify": {"points": 1, "rounds": 1},
             "results": str(results),
             "python_path": [str(self.project)],

@@ -1,6 +1,4 @@
 import itertools
-import math
-import random
 import xml.etree.ElementTree as ET
 from datetime import datetime, timedelta
 
@@ -11,57 +9,9 @@ from paretune.search.charts import (
     Mark,
     Span,
     front_chart,
-    hypervolume,
     hypervolume_chart,
-    hypervolume_curve,
     timeline_chart,
 )
-
-REFERENCE = (10.0, 50.0)
-
-
-@pytest.mark.parametrize(
-    ("points", "area"),
-    [
-        pytest.param([], 0.0, id="empty"),
-        pytest.param([(4, 80)], 6 * 30, id="one point"),
-        pytest.param([(4, 80), (2, 60)], 6 * 30 + 2 * 10, id="two points"),
-        pytest.param([(2, 60), (4, 80), (8, 90)], 8 * 10 + 6 * 20 + 2 * 10, id="three steps"),
-        pytest.param([(4, 80), (5, 70)], 6 * 30, id="dominated"),
-        pytest.param([(4, 80), (4, 80)], 6 * 30, id="duplicate"),
-        pytest.param([(4, 70), (4, 80)], 6 * 30, id="tie in latency"),
-        pytest.param([(6, 80), (4, 80)], 6 * 30, id="tie in accuracy"),
-        pytest.param([(11, 99), (1, 49)], 0.0, id="beyond the reference"),
-        pytest.param([(10, 99), (1, 50)], 0.0, id="on the border of the reference"),
-        pytest.param([(4, 80), (12, 95), (1, 20)], 6 * 30, id="some beyond the reference"),
-    ],
-)
-def test_hypervolume_is_the_area_counted_by_hand(points: list[tuple[float, float]], area: float) -> None:
-    for order in itertools.permutations(points):
-        assert hypervolume(order, REFERENCE) == pytest.approx(area)
-
-
-@pytest.mark.parametrize("bad", [(math.nan, 80.0), (4.0, math.nan), (-math.inf, 80.0), (4.0, math.inf)])
-def test_hypervolume_refuses_what_is_not_finite(bad: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="must be finite"):
-        hypervolume([(4.0, 80.0), bad], REFERENCE)
-
-
-def test_hypervolume_agrees_with_counting_cells_of_a_grid() -> None:
-    draw = random.Random(3)
-    points = [(draw.randint(0, 12), draw.randint(45, 60)) for _ in range(12)]
-    cells = [(x, y) for x in range(10) for y in range(50, 60)]
-    covered = sum(any(px <= x and py >= y + 1 for px, py in points) for x, y in cells)
-    assert hypervolume(points, REFERENCE) == covered
-
-
-def test_hypervolume_curve_is_the_hypervolume_of_every_prefix() -> None:
-    draw = random.Random(5)
-    points = [(draw.uniform(0, 12), draw.uniform(40, 99)) for _ in range(60)]
-    points += points[:5]
-    curve = hypervolume_curve(points, REFERENCE)
-    assert curve == pytest.approx([hypervolume(points[: end + 1], REFERENCE) for end in range(len(points))])
-    assert curve == sorted(curve)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,10 @@ def test_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
     assert (job.search.trials, job.search.timeout, job.search.sampler, job.search.executor) == (
         60,
         None,
-        "tpe",
+        "front",
         "local",
     )
+    assert (job.search.stopping, job.search.rungs) == ("front", [0.25, 0.5])
     assert (job.verify.epochs, job.verify.rounds, job.verify.points) == (None, 7, 12)
     assert job.results == str(Path("results").resolve())
     assert (job.folder, job.python_path) == (tmp_path, [str(tmp_path)])
@@ -281,6 +282,11 @@ TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 
         ),
         pytest.param("search: {trials: 0}", r"search\.trials must be greater than or equal to 1", id="trials"),
         pytest.param("search: {sampler: tp}", r"search\.sampler.*did you mean 'tpe'\?", id="sampler"),
+        pytest.param("search: {stopping: all}", r"search\.stopping must be 'front' or 'none'", id="stopping"),
+        pytest.param("search: {rungs: [0.5, 0.25]}", r"search\.rungs must ascend, .*write e\.g\.", id="rungs fall"),
+        pytest.param("search: {rungs: [0.5, 0.5]}", r"search\.rungs must ascend", id="equal rungs"),
+        pytest.param("search: {rungs: [0.5, 1.0]}", r"search\.rungs\[1\] must be less than 1", id="rung at the end"),
+        pytest.param("search: {rungs: [0]}", r"search\.rungs\[0\] must be greater than 0", id="rung at the start"),
         pytest.param("search: {executor: ray}", r"search\.executor must be 'local'", id="executor"),
         pytest.param("search: {seed: -1}", r"search\.seed must be greater than or equal to 0", id="seed"),
         pytest.param("verify: 3", r"verify must be a mapping of keys, but got 3", id="section"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import torch
 
 from paretune.errors import SearchError, TrialError
 from paretune.objectives.evaluate import Evaluator
-from paretune.search.executor import Outcome
+from paretune.objectives.progress import Rung, Stopped, Watcher
+from paretune.search.executor import Outcome, Progress
 from paretune.search.job import load_job
 from paretune.search.local import LocalExecutor
 from paretune.search.requests import Request
@@ -39,7 +41,7 @@ def requests_travel_by_value() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pid:
-    def __call__(self, evaluator: Evaluator) -> int:
+    def __call__(self, evaluator: Evaluator, watcher: Watcher) -> int:
         return os.getpid()
 
 
@@ -50,7 +52,7 @@ class Call:
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
 
-    def __call__(self, evaluator: Evaluator) -> Any:
+    def __call__(self, evaluator: Evaluator, watcher: Watcher) -> Any:
         return self.function(*self.args)
 
 
@@ -58,8 +60,28 @@ class Call:
 class Raise:
     error: Exception = field(default_factory=lambda: ValueError("no such layer"))
 
-    def __call__(self, evaluator: Evaluator) -> None:
+    def __call__(self, evaluator: Evaluator, watcher: Watcher) -> None:
         raise self.error
+
+
+@dataclass(frozen=True)
+class Train:
+    """Stands in for a trial: reaches a rung, then takes steps until it is asked to end, or has taken them all."""
+
+    steps: int
+    pause: float = 0.001
+
+    def __call__(self, evaluator: Evaluator, watcher: Watcher) -> Stopped | str:
+        outline = {"latency_ms": 2.0}
+        watcher.outlined(outline)
+        rungs = (Rung(0.25, 0.5, 100), Rung(0.5, 0.625, 100))
+        for rung in rungs:
+            watcher.reached(rung)
+        for step in range(self.steps):
+            if watcher.wants_end():
+                return Stopped(outline, rungs, {"train": 1.0}, step)
+            time.sleep(self.pause)
+        return "complete"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +91,14 @@ def executor(measured: Path) -> Iterator[LocalExecutor]:
     executor.close()
 
 
+def events_of(executor: LocalExecutor) -> list[Outcome | Progress]:
+    """All that comes until a request ended, with this event at the end."""
+    events: list[Outcome | Progress] = []
+    while not events or isinstance(events[-1], Progress):
+        events += executor.wait(START_SECONDS)
+    return events
+
+
 def outcome_of(
     executor: LocalExecutor, request: Request, number: int = 7, *, deadline: float = START_SECONDS
 ) -> Outcome:
@@ -76,10 +106,9 @@ def outcome_of(
     free = executor.free
     executor.submit(number, request, deadline=deadline)
     assert executor.free == free - 1
-    outcomes: list[Outcome] = []
-    while not outcomes:
-        outcomes = executor.wait(START_SECONDS)
-    (outcome,) = outcomes
+    *progress, outcome = events_of(executor)
+    assert progress == []
+    assert isinstance(outcome, Outcome)
     assert executor.free == free
     assert outcome.number == number
     return outcome
@@ -140,7 +169,7 @@ def test_nothing_comes_back_before_its_time(executor: LocalExecutor) -> None:
     pid_of(executor)
     executor.submit(1, Call(time.sleep, (0.5,)), deadline=START_SECONDS)
     assert executor.wait(0.05) == []
-    assert [outcome.error for outcome in executor.wait(START_SECONDS)] == [""]
+    assert events_of(executor) == [Outcome(1)]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +208,97 @@ def test_a_request_over_its_deadline_is_killed(executor: LocalExecutor) -> None:
     assert ended(before)
 
 
+def test_progress_comes_while_the_request_goes_on(executor: LocalExecutor) -> None:
+    free = executor.free
+    executor.submit(3, Train(steps=10), deadline=START_SECONDS)
+    events = events_of(executor)
+    shown = [Rung(0.25, 0.5, 100), Rung(0.5, 0.625, 100)]
+    assert events[:-1] == [Progress(3, {"latency_ms": 2.0}, tuple(shown[:count])) for count in range(3)]
+    assert events[-1] == Outcome(3, "complete"), "it waited for no answer"
+    assert executor.free == free
+
+
+def test_a_request_ends_when_it_is_asked_to(executor: LocalExecutor) -> None:
+    executor.submit(3, Train(steps=1_000_000), deadline=START_SECONDS)
+    (first,) = executor.wait(START_SECONDS)
+    assert first == Progress(3, {"latency_ms": 2.0})
+    assert executor.free == 0, "it still runs"
+    executor.stop(3)
+    last = events_of(executor)[-1]
+    assert isinstance(last, Outcome)
+    assert isinstance(last.result, Stopped)
+    assert [rung.accuracy for rung in last.result.rungs] == [0.5, 0.625]
+    assert last.result.steps < 1_000_000
+
+
+def test_a_late_stop_ends_nothing_else(executor: LocalExecutor) -> None:
+    before = pid_of(executor)
+    executor.submit(3, Train(steps=0), deadline=START_SECONDS)
+    time.sleep(0.3)  # the outcome lies in the pipe
+    executor.stop(3)
+    executor.stop(3)
+    assert events_of(executor)[-1] == Outcome(3, "complete")
+    executor.stop(3)  # of no running request
+    executor.submit(4, Train(steps=50), deadline=START_SECONDS)
+    executor.stop(3)
+    assert events_of(executor)[-1] == Outcome(4, "complete")
+    executor.submit(3, Train(steps=50), deadline=START_SECONDS)  # verification uses the numbers again
+    assert events_of(executor)[-1] == Outcome(3, "complete")
+    assert pid_of(executor) == before
+
+
+def test_a_stop_of_another_number_is_read_and_ignored(executor: LocalExecutor) -> None:
+    executor.submit(3, Train(steps=100), deadline=START_SECONDS)
+    executor.wait(START_SECONDS)
+    (worker,) = executor._workers
+    worker.send(cloudpickle.dumps(2))
+    assert events_of(executor)[-1] == Outcome(3, "complete")
+
+
+def test_asking_costs_microseconds(executor: LocalExecutor) -> None:
+    def ask(watcher: Watcher) -> float:
+        start = time.perf_counter()
+        for _ in range(1000):
+            assert not watcher.wants_end()
+        return (time.perf_counter() - start) / 1000
+
+    @dataclass(frozen=True)
+    class Ask:
+        def __call__(self, evaluator: Evaluator, watcher: Watcher) -> float:
+            return min(ask(watcher) for _ in range(5))
+
+    assert outcome_of(executor, Ask()).result < 1e-4
+
+
+def test_a_request_that_gets_on_has_its_deadline_all_the_same(executor: LocalExecutor) -> None:
+    executor.submit(3, Train(steps=1_000_000), deadline=0.5)
+    executor.wait(START_SECONDS)
+    last = events_of(executor)[-1]
+    assert isinstance(last, Outcome)
+    assert last.error == "it overran its deadline of 0.5 s (search.trial_timeout)"
+    executor.stop(3)
+
+
+def half_a_message() -> None:
+    os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"the first bytes")
+    os._exit(3)
+
+
+def test_a_worker_that_dies_in_a_message_or_while_it_is_asked_to_end(executor: LocalExecutor) -> None:
+    outcome = outcome_of(executor, Call(half_a_message))
+    assert outcome.error == "the worker process died (exit code 3)"
+    executor.submit(3, Train(steps=1_000_000), deadline=START_SECONDS)
+    executor.wait(START_SECONDS)
+    (worker,) = executor._workers
+    os.kill(worker.process.pid, signal.SIGKILL)
+    assert ended(worker.process.pid)
+    executor.stop(3)
+    last = events_of(executor)[-1]
+    assert isinstance(last, Outcome)
+    assert "signal 9, SIGKILL" in last.error
+    assert executor.free == 1
+
+
 def test_workers_that_cannot_start_end_the_search(
     tiny: TinyJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +329,7 @@ from paretune.search.job import load_job, make_job
 from paretune.search.local import LocalExecutor
 
 class Hang:
-    def __call__(self, evaluator):
+    def __call__(self, evaluator, watcher):
         note.with_suffix(".partial").write_text(str(os.getpid()))
         note.with_suffix(".partial").rename(note)
         # A worker that computes doesn't look at its pipe.

@@ -14,7 +14,7 @@ HOSTILE = """block<script>alert("1")</script>&'\u2028x"""
 LAYERS = ["stem", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", HOSTILE, "head"]
 COLUMNS = [
     *("trial", "state", "source", "accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup"),
-    *("size_bytes", "params", "macs", "feasible", "seconds", "started", "plan_hash", "error"),
+    *("size_bytes", "params", "macs", "feasible", "rungs", "steps", "seconds", "started", "plan_hash", "error"),
 ]
 
 
@@ -69,7 +69,7 @@ def _trial(number: int) -> dict[str, Any]:
     }
     latency = 6.0 if number == 0 else 1.5 + (number * 37 % 100) / 22
     row |= _metrics(0.925 - 0.09 / latency - (number * 53 % 97) / 1500, latency)
-    row |= {"feasible": "true", "plan_hash": f"{number:064x}"}
+    row |= {"feasible": "true", "plan_hash": f"{number:064x}", "steps": 200}
     if number % 11 == 5:
         row |= {
             "state": "FAIL",
@@ -77,7 +77,8 @@ def _trial(number: int) -> dict[str, Any]:
             "error": f"layer {HOSTILE}\nran as float, not int8 (trial {number})",
         }
     elif number % 5 == 4:
-        row["state"] = "PRUNED"
+        shown = {"rungs": "0.25:0.612 0.5:0.9025", "steps": 110}
+        row |= {"state": "PRUNED", "accuracy": "", "speedup": "", "feasible": "", **shown}
     elif number % 17 == 8:
         row |= {"feasible": "false", "accuracy": 0.42}
     return row
@@ -177,6 +178,29 @@ def test_every_drawn_trial_is_of_its_own_kind(run: Path) -> None:
     label = picture.get("aria-label") or ""
     assert "openvino on CPU, batch size 32, 1 thread" in label
     assert "100 trials: 72 complete (4 of them infeasible), 19 stopped early, 9 failed" in label
+
+
+def test_stopped_trials_are_drawn_at_their_last_rung_and_counted(run: Path) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+    picture, _, timeline = _svgs(html)
+    titles = _titles(picture, "pruned")
+    assert len(titles) == 19
+    assert titles[0] == "trial 4 (sampler): 90.25\u202f%, 3.68 [3.61, 3.79] ms, stopped early at 50%"
+    assert "trial 4 stopped early at 50%, 114.0 s" in _titles(timeline, "PRUNED")
+    assert (
+        "19 trials were stopped early, out of reach of the front: that saved 1,710 training steps, 9% of what" in html
+    )
+    assert "saved" not in write_report(_write(run / "other", _front(), [_trial(0), _trial(1)])).read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("rungs", ["", "0.25", "0.25:", "x:y"])
+def test_a_trial_that_was_stopped_before_its_first_rung_is_not_drawn(tmp_path: Path, rungs: str) -> None:
+    run = _write(tmp_path / "run", _front(), [_trial(0), _trial(4) | {"rungs": rungs}])
+    picture, _, timeline = _svgs(write_report(run).read_text(encoding="utf-8"))
+    assert _titles(picture, "pruned") == []
+    assert _titles(timeline, "PRUNED") == ["trial 4 stopped early, 114.0 s"]
 
 
 def test_hostile_names_are_escaped_everywhere(run: Path) -> None:

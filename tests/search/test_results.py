@@ -14,6 +14,7 @@ from paretune.errors import JobError
 from paretune.objectives.artifact import Card, Deployed, write_card
 from paretune.objectives.compress.schemes import STATIC
 from paretune.objectives.measurement import Measurement
+from paretune.objectives.progress import Stopped
 from paretune.objectives.runtimes import Target
 from paretune.objectives.verify import Verified
 from paretune.search.front_json import SCHEMA, read_front
@@ -24,7 +25,7 @@ from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, study_url
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
-from tests.records import measurement, record
+from tests.records import measurement, record, stopped
 
 SPACE = SearchSpace(grids={"stem": [8, 16, 32]}, widths={"stem": (32, 8), "head": (32, 8)})
 TARGET = Target(runtime="openvino", device="cpu", batch_size=8, threads=1)
@@ -43,12 +44,14 @@ def new_study(run: Path, *, objectives: tuple[str, ...] = ("accuracy", "latency_
     return SearchStudy("small", study_url(run), SPACE, sampler, objectives=objectives, constraints=constraints)
 
 
-def tell(study: SearchStudy, *measurements: Measurement | str) -> None:
-    """Run trials: each gives a measurement, or fails with the text."""
+def tell(study: SearchStudy, *measurements: Measurement | Stopped | str) -> None:
+    """Run trials: each gives a measurement, or is stopped, or fails with the text."""
     for found in measurements:
         number = study.propose().number
         if isinstance(found, str):
             study.fail(number, found)
+        elif isinstance(found, Stopped):
+            study.stop(number, found)
         else:
             study.complete(number, record(found))
 
@@ -133,6 +136,31 @@ def test_infeasible_points_stay_out(tmp_path: Path) -> None:
     assert [point["trial"] for point in load(run)["points"]] == [0]
 
 
+def test_stopped_trials_are_never_on_the_front(tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    study = new_study(run)
+    tell(study, measurement(0.9, 2.0), stopped(0.99, 0.99, latency=0.5, size=1), measurement(0.95, 4.0))
+    assert [row.number for row in candidates(study)] == [0, 2]
+    write_front(run, study, "accuracy")
+    assert [point["trial"] for point in load(run)["points"]] == [0, 2]
+
+
+def test_stopped_trials_in_the_table(tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    study = new_study(run)
+    tell(study, measurement(0.9, 2.0), stopped(0.5, 0.6125, latency=3.0), stopped())
+    study.complete(study.propose().number, record(measurement(0.8, 1.0), rungs=stopped(0.5).rungs))
+    write_trials(run, study.rows())
+    with (run / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["COMPLETE", "PRUNED", "PRUNED", "COMPLETE"]
+    assert [row["rungs"] for row in rows] == ["", "0.25:0.5 0.5:0.6125", "", "0.25:0.5"]
+    assert [row["steps"] for row in rows] == ["40", "12", "12", "40"]
+    expected = {"accuracy": "", "latency_ms": "3.0", "latency_low_ms": "", "latency_high_ms": "3.05", "speedup": ""}
+    expected |= {"size_bytes": "900", "params": "200.0", "macs": "3000.0", "feasible": "", "error": ""}
+    assert {name: rows[1][name] for name in expected} == expected
+
+
 def test_other_objectives_and_metrics(tmp_path: Path) -> None:
     run = tmp_path / "small"
     study = new_study(run, objectives=("accuracy", "latency_ms", "size_bytes"))
@@ -157,7 +185,8 @@ def test_trials_as_a_table(tmp_path: Path) -> None:
         reader = csv.DictReader(file)
         rows = list(reader)
     fixed = ["trial", "state", "source", "accuracy", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup"]
-    fixed += ["size_bytes", "params", "macs", "feasible", "noisy", "seconds", "started", "plan_hash", "error"]
+    fixed += ["size_bytes", "params", "macs", "feasible", "noisy", "rungs", "steps", "seconds", "started"]
+    fixed += ["plan_hash", "error"]
     assert reader.fieldnames == [*fixed, *sorted(SPACE.distributions())]
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3", "4"]
     assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "WAITING"]

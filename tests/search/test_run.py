@@ -6,6 +6,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,13 @@ from torch import nn
 
 from paretune.errors import JobError, SearchError
 from paretune.objectives.artifact import verify_files
+from paretune.objectives.baseline import Baseline
 from paretune.objectives.data import Splits, load_splits
 from paretune.search.export import export, pick
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job
+from paretune.search.problem import BASELINE, load_problem
+from paretune.search.profile import Profile, make_job_space
 from paretune.search.results import write_front
 from paretune.search.run import _enqueue, open_study, resume, run
 from paretune.search.study import SearchStudy
@@ -92,6 +96,7 @@ def finished(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert folder == results / "whole"
     assert len([line for line in lines if line.startswith("trial ") and "accuracy" in line]) == TRIALS
     assert not any("failed" in line for line in lines)
+    assert "verifying 2 plans, the front and the next best: 2 trained on from their trials to 0.4 epochs" in lines
     assert lines[-1] == f"report: {folder / 'report.html'}"
     return folder
 
@@ -165,6 +170,19 @@ def test_variants_come_between_the_dense_model_and_uniform_plans(tiny: TinyJob, 
     assert len({plan.hash for plan in plans[:5]}) == 5
     _enqueue(job, study, space)
     assert study.propose().source == "sampler", "a resumed study has them already"
+
+
+def test_the_sampler_that_knows_uniform_plans_is_given_none(tiny: TinyJob, tmp_path: Path) -> None:
+    space = SearchSpace(grids={"a": [8, 16]}, widths={"a": (32, 8)})
+    for search, sources in (
+        ({"sampler": "front"}, ["dense", "sampler"]),
+        ({"sampler": "front", "uniform_trials": 1}, ["dense", "uniform", "sampler"]),
+    ):
+        folder = tmp_path / str(len(sources))
+        folder.mkdir()
+        study = open_study(tiny(tmp_path), folder, space)  # of another sampler, which needs no profile
+        _enqueue(tiny(tmp_path, search=search), study, space)
+        assert [study.propose().source for _ in sources] == sources
 
 
 def test_the_front_is_verified(finished: Path) -> None:
@@ -285,6 +303,52 @@ def test_failing_trials_are_recorded(new_run: NewRun) -> None:
     assert not (folder / "front.json").exists() or read_front(folder)["points"] == []
 
 
+def test_a_trial_out_of_reach_is_stopped(new_run: NewRun) -> None:
+    # Parameters and not the latency: what is as cheap must not depend on the clock.
+    folder = new_run(
+        objectives=["accuracy", "params"],
+        finetune={"epochs": 5.0},
+        space={"learning_rate": [1e-6, 0.02]},
+        search={"trials": 6, "workers": 1, "rungs": [0.1, 0.4]},
+        verify={"points": 1, "rounds": 1, "epochs": 5.5},
+    )
+    job = load_job(folder)
+    problem = load_problem(job)
+    space = make_job_space(job, problem, Profile.read(folder, problem), Baseline(folder / BASELINE).float_bits[""])
+    study = open_study(job, folder, space)
+    for ratio, rate in [(0, 0.02), (0.5, 1e-6), (0.25, 0.02), (0, 1e-5), (0.5, 1e-5), (0, 1e-6)]:
+        plan = space.uniform(ratio)
+        finetune = plan.finetune.model_copy(update={"learning_rate": rate})
+        study.enqueue(plan.model_copy(update={"finetune": finetune}), "uniform")
+    lines: list[str] = []
+    resume(folder, report=lines.append)
+    assert states_of(folder) == ["COMPLETE"] * 5 + ["PRUNED"]
+    (line,) = (line for line in lines if "stopped" in line)
+    assert re.fullmatch(r"trial 5 \(uniform\): stopped at \d+ %: accuracy .*, at 2650 params the front has .* s", line)
+    row = table_of(folder)[5]
+    assert (row["state"], row["accuracy"], row["params"]) == ("PRUNED", "", "2650")
+    assert row["rungs"].startswith("0.1:")
+    assert 4 <= int(row["steps"]) < 40
+    assert float(row["latency_ms"]) > 0
+    assert {path.name for path in (folder / "trials" / "5").iterdir()} == {"plan.json", "record.json"}
+    assert not list(folder.rglob(".unfinished*"))
+    assert "verifying 1 plan, the front and the next best: 1 trained on from their trials to 5.5 epochs" in lines
+    assert 5 not in [point["trial"] for point in check_front(folder)["points"]]
+    assert "1 stopped early" in (folder / "report.html").read_text()
+
+
+def test_what_has_no_checkpoint_is_verified_anew(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished, folder)
+    (folder / "front.json").unlink()
+    for checkpoint in folder.glob("trials/*/artifact/checkpoint.safetensors"):
+        checkpoint.unlink()
+    lines: list[str] = []
+    resume(folder, report=lines.append)
+    assert "verifying 2 plans, the front and the next best: 2 trained anew for 0.4 epochs" in lines
+    check_front(folder)
+
+
 def test_live_objects_and_a_timeout(
     tiny: TinyJob, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +380,7 @@ def test_live_objects_and_a_timeout(
     assert written["data"]["source"] == "<live Splits>"
     with pytest.raises(JobError, match=r"<live .*pass the object again"):
         resume(folder)
-    keys["search"] = {"trials": 1}
+    keys["search"] = {"trials": 1, "sampler": "tpe"}
     with pytest.raises(SearchError, match="none of 1 did"):
         resume(folder, job=keys, report=lambda line: None)
 

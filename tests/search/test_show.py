@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paretune.search.check import Check, Estimate
-from paretune.search.show import print_check
+from paretune.search.show import print_check, print_front
 from paretune.search.techniques import Tried
 from paretune.spaces.analysis import Analysis
 from paretune.spaces.space import Options, SearchSpace
@@ -67,6 +68,27 @@ def test_techniques_fit_into_80_columns(show: Show) -> None:
     assert rows[:2] == [["factorize: spatial, 25% of the rank", "107%", "37%", "no"], ["slow", "", "", ""]]
     assert ["share: 16 values a layer", "-", "-", "no"] in rows
     assert not any("100%" in row for row in rows), "multiply-accumulates have no column"
+
+
+def test_a_verified_run_says_how_its_trials_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"accuracy": 0.9, "latency_ms": 1.0, "latency_low_ms": 0.9, "latency_high_ms": 1.1, "speedup": 1.0}
+    baseline = {"format": "f32", "validation": metrics | {"size_bytes": 1000}}
+    front = {
+        "run": "small",
+        "verified": True,
+        "metric": "accuracy",
+        "baseline": baseline,
+        "points": [],
+        "objectives": [],
+    }
+    rows = ["trial,state,feasible,rungs,steps", "0,COMPLETE,true,,40", "1,PRUNED,,0.25:0.5,10", "2,FAIL,,,"]
+    (tmp_path / "trials.csv").write_text("\n".join(rows))
+    print_front(tmp_path, front)
+    said = capsys.readouterr().out
+    assert "3 trials: 1 complete, 1 stopped early, 1 failed. 1 trial was stopped early, out of reach" in said
+    assert "that saved 30 training steps, 38% of what all trials would have taken." in said
+    print_front(tmp_path, front | {"verified": False})
+    assert "stopped early" not in capsys.readouterr().out, "the table may be of before the run went on"
 
 
 def test_every_target_has_a_column_of_latencies(show: Show) -> None:

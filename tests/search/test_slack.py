@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
 from paretune.objectives.redundancy import Redundancy
 from paretune.objectives.sensitivity import Entry, Sensitivity
 from paretune.search.heatmap import draw_heatmap
-from paretune.search.slack import LEVELS, Slack, most_slack, print_slack, probes_of
+from paretune.search.slack import LEVELS, Slack, most_slack, print_slack, probe_of, probes_of
 from paretune.spaces.analysis import Analysis, Layer
 from paretune.spaces.graph import Group
 from paretune.spaces.space import Options, SearchSpace
@@ -58,6 +59,14 @@ def test_groups_that_are_ranked_together_are_tried_alone_all_the_same() -> None:
     space = SearchSpace(grids={}, widths={}, options=Options(scope="global"))
     assert [probe.name for probe in probes_of(space, {"conv": [8, 16]})] == ["conv"]
     assert probes_of(SearchSpace(grids={}, widths={}, options=Options(prune=False)), {"conv": [8, 16]}) == []
+
+
+def test_any_strength_can_be_tried() -> None:
+    probe = probe_of(SPACE.options, "prune", "conv", 0.25)
+    assert (probe.setting, probe.value, dict(probe.plan.prune.ratios)) == ("0.25", 0.25, {"conv": 0.25})
+    blocks = replace(SPACE.options, patterns=("2:4",))
+    probe = probe_of(blocks, "sparsify", "fc", 0.9, "sparse")
+    assert (probe.setting, probe.value, probe.plan.sparsify.sparsity) == ("sparse", 0.5, {"fc": 0.5})
 
 
 ANALYSIS = Analysis(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import TrialState
 
 from paretune.errors import JobError
@@ -15,7 +16,7 @@ from paretune.search.job_types import Constraint
 from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, open_storage, study_url
 from paretune.spaces.space import Options, SearchSpace
-from tests.records import measurement
+from tests.records import measurement, stopped
 from tests.records import record as make_record
 
 SPACE = SearchSpace(
@@ -82,6 +83,61 @@ def test_rows_of_complete_trials(tmp_path: Path) -> None:
     assert good.seconds is not None
     assert good.seconds >= 0
     assert good.plan == SPACE.to_plan(good.trial.params)
+
+
+def test_a_stopped_trial_keeps_what_it_had_shown(tmp_path: Path) -> None:
+    study = open_study(tmp_path, constraints=("accuracy >= 0.8", "latency_ms <= 2.5"))
+    found = stopped(0.5, 0.625, latency=3.0)
+    study.stop(study.propose().number, found, (0.75, 0.05))
+    study.stop(study.propose().number, stopped(), None)
+    for row in (study.rows()[0], open_study(tmp_path).rows()[0]):
+        assert (row.trial.state, row.error, row.feasible, row.record) == (TrialState.PRUNED, "", False, None)
+        assert row.stopped == found
+        assert row.rungs == found.rungs
+        assert row.expected == (0.75, 0.05)
+        assert (row.steps, row.plan) == (12, SPACE.to_plan(row.trial.params))
+    other = study.rows()[1]
+    assert other.stopped == stopped()
+    assert (other.rungs, other.expected) == ((), None)
+    (seen, _) = load(tmp_path).trials
+    assert seen.values is None
+    assert seen.user_attrs["stopped"]["rungs"][1] == {"share": 0.5, "accuracy": 0.625, "samples": 100}
+    assert seen.constraints == {"latency_ms <= 2.5": 0.5}, "the accuracy isn't known"
+    assert (study.recover(), study.proposed()) == (0, 2), "it counts as a trial, and isn't begun anew"
+
+
+def test_complete_trials_keep_their_rungs(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    rungs = stopped(0.5, 0.625).rungs
+    study.complete(study.propose().number, make_record(measurement(0.9, 2.0), rungs=rungs))
+    (row,) = open_study(tmp_path).rows()
+    assert (row.rungs, row.steps, row.stopped, row.expected) == (rungs, 40, None, None)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(SAMPLERS["tpe"](SPACE, 0), id="tpe"),
+        pytest.param(SAMPLERS["gp"](SPACE, 0), id="gp"),
+        pytest.param(NSGAIISampler(population_size=4, seed=0), id="nsga2"),
+        pytest.param(SAMPLERS["random"](SPACE, 0), id="random"),
+    ],
+)
+def test_samplers_go_on_beside_stopped_trials(tmp_path: Path, sampler: BaseSampler) -> None:
+    bounds = [Constraint.model_validate(text) for text in ("accuracy >= 0.8", "latency_ms <= 2.5")]
+    objectives = ["accuracy", "latency_ms"]
+    study = SearchStudy("small", study_url(tmp_path), SPACE, sampler, objectives=objectives, constraints=bounds)
+    for number in range(16):  # past ten complete ones, the random start of TPE and GP
+        assert study.propose().number == number
+        if number % 3 == 2:
+            study.stop(number, stopped(0.5), (0.6, 0.1))
+        else:
+            study.complete(number, record(0.7 + 0.02 * number, 1.0 + 0.2 * number))
+    seen = load(tmp_path)
+    states = [trial.state.name for trial in seen.trials]
+    assert (states.count("PRUNED"), states.count("COMPLETE")) == (5, 11)
+    assert all(trial.state == TrialState.COMPLETE for trial in seen.best_trials), "Optuna's own front has none either"
 
 
 def test_a_failed_trial_keeps_its_reason(tmp_path: Path) -> None:

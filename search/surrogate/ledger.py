@@ -1,0 +1,103 @@
+"""What plans cost: measured where they were deployed, predicted where they weren't."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from paretune.search.surrogate.costs import CostModel
+from paretune.search.surrogate.encoding import Encoding, Floats, Rows
+from paretune.search.surrogate.knowledge import Architecture, Knowledge
+from paretune.spaces.space import MODEL
+
+_COSTLY = frozenset({"method", "pattern", "activations", "granularity", "affine"})
+"""Settings of the whole plan on which its costs depend."""
+
+
+class Ledger:
+    """Costs by name, for all architectures of a space.
+
+    Args:
+        encoding: Of the space.
+        knowledge: With the plans that were measured before the first trial.
+        names: What is wanted: ``latency_ms``, ``size_bytes`` and so on, all > 0.
+    """
+
+    def __init__(self, encoding: Encoding, knowledge: Knowledge, names: Sequence[str]) -> None:
+        self._encoding = encoding
+        self._knowledge = knowledge
+        self.names = tuple(names)
+        self._columns = [i for i, name in enumerate(encoding.settings) if name in _COSTLY]
+        self._rows: dict[str, Rows] = {}
+        self._values: dict[str, list[dict[str, float]]] = {}
+        self._place: dict[tuple[str, bytes], int] = {}
+        self._models: dict[tuple[str, str], CostModel] = {}
+        self._stale = set(encoding.units)
+        self.predicted: list[tuple[float, float]] = []
+        """Pairs of what the latency was predicted to be, before it was known, and what it was."""
+        for outlined in knowledge.outlines:
+            self.note(encoding.encode(outlined.params), outlined.values)
+        self.predicted.clear()
+
+    def note(self, row: Rows, values: Mapping[str, float]) -> None:
+        """Learn what a single plan was measured to cost; what it was measured to before is forgotten."""
+        known = {name: float(values[name]) for name in self.names if values.get(name, 0) > 0}
+        if not known:
+            return
+        [key], variant = self._keys(row), row.variant
+        if key in self._place:
+            self._values[variant][self._place[key]].update(known)
+        else:
+            if "latency_ms" in known and (variant, "latency_ms") in self._models:
+                self.predicted.append((float(np.exp(self._model_of(row, "latency_ms")[0][0])), known["latency_ms"]))
+            rows = self._rows.get(variant)
+            self._place[key] = 0 if rows is None else len(rows)
+            self._rows[variant] = row if rows is None else Rows.join([rows, row])
+            self._values.setdefault(variant, []).append(known)
+        self._stale.add(variant)
+
+    def knows(self, rows: Rows) -> list[bool]:
+        """Whether each plan was measured."""
+        return [key in self._place for key in self._keys(rows)]
+
+    def refit(self) -> None:
+        """Fit the models of what is new."""
+        for variant in sorted(self._stale):
+            architecture = self._knowledge.architectures.get(variant, Architecture(()))
+            for name in self.names:
+                values = [found.get(name) for found in self._values.get(variant, [])]
+                known = [i for i, value in enumerate(values) if value is not None]
+                dense = self._knowledge.dense.get(name) if variant == MODEL else None
+                model = CostModel(self._encoding.units[variant], architecture, quantity=name, dense=dense)
+                if known:
+                    rows = self._rows[variant].take(known)
+                    model.fit(rows.levels, self._extra(rows), np.array([values[i] for i in known], dtype=np.float64))
+                self._models[variant, name] = model
+        self._stale.clear()
+
+    def predict(self, rows: Rows) -> tuple[Floats, Floats]:
+        """Values and the relative error of each, both of shape (N, names); no error where it was measured."""
+        means, errors = zip(*(self._model_of(rows, name) for name in self.names), strict=True)
+        values, error = np.exp(np.stack(means, 1)), np.stack(errors, 1)
+        for position, key in enumerate(self._keys(rows)):
+            if key in self._place:
+                known = self._values[rows.variant][self._place[key]]
+                for column, name in enumerate(self.names):
+                    if name in known:
+                        values[position, column], error[position, column] = known[name], 0.0
+        return values, error
+
+    def _model_of(self, rows: Rows, name: str) -> tuple[Floats, Floats]:
+        return self._models[rows.variant, name].predict(rows.levels, self._extra(rows))
+
+    def _extra(self, rows: Rows) -> Floats:
+        """The settings that costs depend on, as regressors."""
+        kept = np.zeros_like(rows.settings)
+        kept[:, self._columns] = rows.settings[:, self._columns]
+        return self._encoding.one_hot(kept)
+
+    def _keys(self, rows: Rows) -> list[tuple[str, bytes]]:
+        settings = rows.settings[:, self._columns].astype(np.int8)
+        whole = zip(rows.keys(), settings, strict=True)
+        return [(variant, levels + chosen.tobytes()) for (variant, levels), chosen in whole]

@@ -1,0 +1,135 @@
+"""The sampler `front`: proposes the plan that is expected to add most to the front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from paretune.search.job_types import Constraint
+from paretune.search.surrogate.beliefs import Beliefs
+from paretune.search.surrogate.choice import Choice
+from paretune.search.surrogate.encoding import Encoding, Rows
+from paretune.search.surrogate.knowledge import Knowledge
+from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.space import SearchSpace
+
+Measure = Callable[[CompressionPlan], Mapping[str, float] | None]
+"""Deploys a plan untrained and tells what it costs, named as objectives are; None where it can't be deployed."""
+
+Results = Callable[[FrozenTrial], tuple[Mapping[str, float], tuple[float, float] | None]]
+"""What is known of an ended trial beyond its values: costs by name, and the mean and standard deviation of the accuracy
+that a stopped one would have reached."""
+
+
+class FrontSampler(BaseSampler):
+    """Proposes the plan that is expected to add most to the hypervolume of the front.
+
+    What a plan costs is predicted from those that were deployed, and the best few are deployed and measured, untrained,
+    before one is chosen; only its accuracy is uncertain. A Gaussian process learns that over a few features: the
+    damage that probes foresee, by technique, how much of the model is left, and how it is trained. Trials that are
+    still running count as what is believed of them, so that many workers don't propose the same plan.
+
+    It serves any Optuna study whose parameters are those of a space (``study.ask(space.distributions())``).
+
+    Args:
+        space: What plans are made of.
+        knowledge: What is known before the first trial; without it, every layer is believed to be as sensitive and as
+            costly as any other.
+        objectives: The study's, in its order: ``accuracy`` and one to three more.
+        constraints: Bounds of the job.
+        measure: None trusts the predictions of what plans cost.
+        measured: How many plans are measured for each proposal, at most.
+        results: None knows no more than a trial's values.
+        seed: Of the random numbers.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        knowledge: Knowledge | None = None,
+        *,
+        objectives: Sequence[str] = ("accuracy", "latency_ms"),
+        constraints: Sequence[Constraint] = (),
+        measure: Measure | None = None,
+        measured: int = 3,
+        results: Results | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._distributions = space.distributions()
+        self._space = space
+        self._encoding = Encoding(space)
+        self._objectives = tuple(objectives)
+        self._beliefs = Beliefs(self._encoding, knowledge or Knowledge({}), objectives, constraints)
+        self._choice = Choice(self._encoding, self._beliefs, np.random.default_rng(seed))
+        self._measure = measure
+        self._measured = measured
+        self._results = results
+        self._observed: set[int] = set()
+        self._is_stale = True
+
+    def reseed_rng(self) -> None:
+        """Draw other random numbers than another process with the same seed."""
+        self._choice.rng = np.random.default_rng()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The whole space: all parameters are chosen together."""
+        return self._distributions
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never needed for a parameter of the space; others are an error of the caller."""
+        raise KeyError(f"{param_name!r} isn't a parameter of the space")
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Parameters of the next plan."""
+        trials = [found for found in study.get_trials(deepcopy=False) if found.number != trial.number]
+        for found in trials:
+            if found.state.is_finished() and found.number not in self._observed:
+                self._observe(found, found.state, found.values)
+        self._learn()
+        running = (found.params for found in trials if found.state == TrialState.RUNNING)
+        pending = [self._encoding.encode(params) for params in running if params.keys() >= self._distributions.keys()]
+        return self._encoding.decode(
+            self._choice.next(pending, self._cost_of if self._measure else None, self._measured)
+        )
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Learn from a trial when it is told, so that no time is lost when the next one is asked for."""
+        self._observe(trial, state, values)
+        self._learn()
+
+    def _observe(self, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Take in a trial that ended; one that was killed before its last parameter was drawn says nothing."""
+        self._observed.add(trial.number)
+        if not trial.params.keys() >= self._distributions.keys():
+            return
+        self._is_stale = True
+        row = self._encoding.encode(trial.params)
+        costs, expected = self._results(trial) if self._results else ({}, None)
+        told = dict(zip(self._objectives, values, strict=True)) if state == TrialState.COMPLETE and values else {}
+        self._beliefs.ledger.note(row, {**costs, **told})
+        if told:
+            self._beliefs.seen.take(row, told["accuracy"], 0.0)
+        elif state == TrialState.PRUNED and expected:
+            self._beliefs.seen.take(row, *expected)
+        elif state == TrialState.FAIL:
+            self._beliefs.seen.failed.update(row.keys())
+
+    def _learn(self) -> None:
+        if self._is_stale:
+            self._beliefs.learn()
+            self._choice.refresh()
+            self._is_stale = False
+
+    def _cost_of(self, row: Rows) -> Mapping[str, float] | None:
+        assert self._measure is not None
+        return self._measure(self._space.to_plan(self._encoding.decode(row)))
