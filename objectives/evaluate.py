@@ -165,10 +165,15 @@ class Evaluator:
         release_memory()
         return watching.stopped()
 
-    def outline(self, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+    def outline(self, plan: CompressionPlan, *, seed: int, protocol: Protocol = EARLY) -> dict[str, float]:
         """What is known of a plan without training: latencies with their upper ends, sizes, params and macs.
 
         They are named as in a measurement: ``latency_ms``, ``latency_high_ms@NAME`` and so on.
+
+        Args:
+            plan: What to do.
+            seed: Of what is random in it.
+            protocol: How long latencies are measured; by default as before a training: to a few percent, in a moment.
 
         Raises:
             TrialError: A layer runs in another width than the plan asks for.
@@ -178,7 +183,7 @@ class Evaluator:
             self._bench.load_baselines()
             trial = self._begin(plan, seed, 0, Path(made), Stopwatch())
             model, params, macs = self._compress(trial)
-            early = self._measure_early(trial, model, Protocol())
+            early = self._measure_early(trial, model, protocol)
         return self._outline(early, params, macs)
 
     def _outline(self, early: Mapping[str, Early], params: int, macs: int) -> dict[str, float]:

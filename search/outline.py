@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from paretune.errors import JobError, SearchError, TrialError
-from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.evaluate import EARLY, Evaluator
+from paretune.objectives.latency import Protocol
 from paretune.spaces.plan import CompressionPlan
 
 
-def outline(evaluator: Evaluator, plan: CompressionPlan, seed: int) -> dict[str, float] | str:
-    """What a plan costs, named as objectives are, or why it doesn't run."""
+def outline(
+    evaluator: Evaluator, plan: CompressionPlan, seed: int, protocol: Protocol = EARLY
+) -> dict[str, float] | str:
+    """What a plan costs, named as objectives are, or why it doesn't run; see `Evaluator.outline`."""
     try:
-        return evaluator.outline(plan, seed=seed)
+        return evaluator.outline(plan, seed=seed, protocol=protocol)
     except (JobError, SearchError, MemoryError):
         raise
     except TrialError as error:

@@ -18,6 +18,7 @@ from paretune.objectives.compress.layers import has_own_weight
 from paretune.objectives.compress.lowrank import factorizable, largest_share
 from paretune.objectives.compress.sparsity import can_sparsify
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.latency import Protocol
 from paretune.objectives.problem import Problem
 from paretune.search.job import Job
 from paretune.search.outline import outline
@@ -152,13 +153,13 @@ def try_techniques(
     """
     report("trying what each technique brings on the target (untrained, all layers at once)")
     without = space.uniform()
-    before = outline(evaluator, without, job.search.seed)
+    before = outline(evaluator, without, job.search.seed, Protocol())
     if isinstance(before, str):
         raise JobError("space.bits", "must allow a plan that runs on the targets", before, "allow a float width")
     counted, found = _counted(job), []
     for one in _tries(space, executes):
         asked = getattr(job.space, one.technique) is True
-        found_out = outline(evaluator, one.plan, job.search.seed) if one.plan.hash != without.hash else {}
+        found_out = outline(evaluator, one.plan, job.search.seed, Protocol()) if one.plan.hash != without.hash else {}
         after = found_out if isinstance(found_out, dict) else {}
         if isinstance(found_out, str):  # other plans with the technique may run, and what is asked for gets its chance
             offered, reason = asked, found_out

@@ -58,11 +58,12 @@ class Seen:
         self.sd.append(float(sd))
         self.tried.setdefault(row.keys()[0], []).append(row.settings[0])
 
-    def knows(self, row: Rows) -> bool:
-        """Whether a single plan was tried, or failed."""
+    def knows(self, row: Rows, *, trained_alike: bool) -> bool:
+        """Whether a single plan failed or was tried: in any way, or only trained about as it would be."""
         [key] = row.keys()
-        near = (np.abs(row.settings[0] - settings).max(initial=0) < _NEAR for settings in self.tried.get(key, ()))
-        return key in self.failed or any(near)
+        tried = self.tried.get(key, ())
+        near = (np.abs(row.settings[0] - settings).max(initial=0) < _NEAR for settings in tried)
+        return key in self.failed or (any(near) if trained_alike else bool(tried))
 
 
 class Beliefs:

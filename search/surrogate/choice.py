@@ -22,7 +22,10 @@ _SPREAD = (0.45, 0.75, 0.25, 0.6, 0.9)
 _POOL, _CHILDREN, _ROUNDS, _BEST = 96, 96, 6, 24
 """Candidates of each kind in the first round; children in each further one; such rounds; how many go on."""
 
-_ALIKE = 0.85
+_SURE = 0.02
+"""Relative error below which a predicted cost isn't worth a measurement: the clock's own is about as large."""
+
+_ALIKE = 0.95
 """Share of the candidates that are trained nearly as good plans were; the others in any way."""
 
 _TINY = 1e-12
@@ -74,7 +77,8 @@ class Choice:
             if measure is None:
                 return best[0].row
             known = self._measured(best, measure, measured)
-            return max(self._rated(improvement, known)).row if known else best[0].row
+            gains = [float(self._beliefs.gains(improvement, row)[0]) for row in known]
+            return known[int(np.argmax(gains))] if known else best[0].row
 
     def _searched(self) -> tuple[Improvement, list[_Rated]]:
         """The best candidates, best first."""
@@ -82,15 +86,21 @@ class Choice:
         pools = [self._pool(name, [row for row in front if row.variant == name]) for name in self._encoding.units]
         improvement = self._beliefs.improvement(self._cheapest)
         best = self._rated(improvement, pools)
-        if not best or best[0].gain <= _TINY:  # nothing is believed to reach what counts: go where it is nearest
+        if best and best[0].gain <= _TINY:  # nothing is believed to reach what counts: go where it is nearest
             improvement = self._beliefs.improvement(self._cheapest, anywhere=True)
             best = self._rated(improvement, pools)
         for _ in range(_ROUNDS):
             best = sorted([*best, *self._rated(improvement, self._children(best))], reverse=True)[:_BEST]
-        return improvement, best
+        # In a small space all plans may have been tried: then in another way, then, should it last for ever, again.
+        return improvement, best or self._rated(improvement, pools, trained_alike=True) or [
+            _Rated(0.0, pools[0].take([0]))
+        ]
 
-    def _rated(self, improvement: Improvement, pools: Sequence[Rows]) -> list[_Rated]:
-        """The best of some plans that weren't tried, best first."""
+    def _rated(self, improvement: Improvement, pools: Sequence[Rows], *, trained_alike: bool = False) -> list[_Rated]:
+        """The best of some plans that weren't tried, best first.
+
+        Trained in another way the same plan would hardly add to the front, and how to train is learnt from any plan.
+        """
         found = []
         for rows in pools:
             gains = self._beliefs.gains(improvement, rows)
@@ -99,13 +109,13 @@ class Choice:
                 row = rows.take([place])
                 if len(own) == _BEST:
                     break
-                if not self._beliefs.seen.knows(row):
+                if not self._beliefs.seen.knows(row, trained_alike=trained_alike):
                     own.append(_Rated(float(gains[place]), row))
             found += own
         return sorted(found, reverse=True)[:_BEST]
 
     def _measured(self, best: Sequence[_Rated], measure: Measure, measured: int) -> list[Rows]:
-        """The best plans that cost differently, now measured; without those that can't be deployed."""
+        """The best plans that cost differently, now known for sure; without those that can't be deployed."""
         found: dict[tuple[str, bytes], Rows] = {}
         seen, ledger = self._beliefs.seen, self._beliefs.ledger
         for row in (rated.row for rated in best):
@@ -114,7 +124,7 @@ class Choice:
                 break
             if key in found or key in seen.failed:
                 continue
-            if not ledger.knows(row)[0]:
+            if not ledger.knows(row)[0] and ledger.predict(row)[1].max() > _SURE:
                 values = measure(row)
                 if values is None:
                     seen.failed.add(key)

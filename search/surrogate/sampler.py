@@ -57,7 +57,7 @@ class FrontSampler(BaseSampler):
         objectives: Sequence[str] = ("accuracy", "latency_ms"),
         constraints: Sequence[Constraint] = (),
         measure: Measure | None = None,
-        measured: int = 3,
+        measured: int = 2,
         results: Results | None = None,
         seed: int | None = None,
     ) -> None:
@@ -91,6 +91,8 @@ class FrontSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Parameters of the next plan."""
+        if search_space.keys() <= trial.system_attrs.get("fixed_params", {}).keys():
+            return {}  # enqueued: nothing is left to choose
         trials = [found for found in study.get_trials(deepcopy=False) if found.number != trial.number]
         for found in trials:
             if found.state.is_finished() and found.number not in self._observed:
