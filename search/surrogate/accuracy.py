@@ -19,7 +19,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel,
 
 from paretune.search.surrogate.encoding import Floats
 from paretune.search.surrogate.kernels import Columns
-from paretune.search.surrogate.repair import Repair
+from paretune.search.surrogate.repair import TECHNIQUE_SD, Repair
 
 _NOISE = 0.02
 """Standard deviation of a measured accuracy, in tolerated losses: another seed would have found another one."""
@@ -120,24 +120,29 @@ class AccuracyModel:
         missed = target - self._repair(damages)
         self._scale = max(float(missed.std()), 0.1)
         noise = _JITTER + (relative / self._scale) ** 2
-        fresh = _fresh(self._damages, self._whole, features.shape[1], (_REPAIR / self._scale) ** 2)
+        fresh = _fresh(self._damages, self._whole, features.shape[1], self._scale)
         kernel = self._kernel if self._kernel is not None and not tune else fresh
         process = GaussianProcessRegressor(
             kernel, alpha=noise, optimizer="fmin_l_bfgs_b" if tune else None, copy_X_train=False
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is a feature unused
-            process.fit(features, missed / self._scale)
+            process.fit(self._seen_by_process(features), missed / self._scale)
         self._kernel, self._process = process.kernel_, process
 
     def believe(self, features: Floats) -> Belief:
         """What is believed of plans with these features, shape (N, features)."""
         assert self._process is not None, "fit comes first"
-        mean, sd = self._process.predict(features, return_std=True)
+        mean, sd = self._process.predict(self._seen_by_process(features), return_std=True)
         # What is wanted is the accuracy, not another noisy measurement of it.
         quiet = np.sqrt(np.maximum(sd**2 - self._noise, 1e-6))
         foreseen = self._repair(features[:, : self._damages])
         return Belief(self._top, foreseen + mean * self._scale, quiet * self._scale)
+
+    def _seen_by_process(self, features: Floats) -> Floats:
+        """The features with the techniques' parts of the gap in the place of their damages."""
+        damages = features[:, : self._damages]
+        return np.concatenate([self._repair.parts(damages), features[:, self._damages :]], 1)
 
     @property
     def _noise(self) -> float:
@@ -145,10 +150,11 @@ class AccuracyModel:
         return float(np.exp(self._kernel.theta[-1]))
 
 
-def _fresh(start: int, whole: int, features: int, repair: float) -> Kernel:
-    """Anything smooth in the features of the whole plan, a trend in them, and a repair of its own for each unit."""
+def _fresh(start: int, whole: int, features: int, scale: float) -> Kernel:
+    """Anything smooth in the features of the whole plan, a trend, and errors in what the formula says is left."""
     lengths = np.full(whole - start, 2.0)
     smooth = ConstantKernel(0.5, (1e-2, 1e1)) * Columns(Matern(lengths, (0.3, 30.0), nu=2.5), start, whole)
     trend = ConstantKernel(0.1, (1e-3, 1e1)) * Columns(_LINEAR, start, whole)
-    units = ConstantKernel(repair, "fixed") * Columns(_LINEAR, whole, features)
-    return smooth + trend + units + WhiteKernel(0.05, (1e-4, 1.0))
+    techniques = ConstantKernel((TECHNIQUE_SD / scale) ** 2, "fixed") * Columns(_LINEAR, 0, start)
+    units = ConstantKernel((_REPAIR / scale) ** 2, "fixed") * Columns(_LINEAR, whole, features)
+    return smooth + trend + techniques + units + WhiteKernel(0.05, (1e-4, 1.0))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
-from paretune.search.surrogate.encoding import Encoding, Floats, Levels, Rows
+from paretune.search.surrogate.encoding import Encoding, Floats, Levels
 
 _REPAIR = (0.5, 1.0, 2.0)
 """Powers of the damage: whether fine-tuning repairs many small damages or few large ones better isn't known."""
@@ -50,20 +52,31 @@ class Candidates:
         self._saved = np.stack([np.pad(s, ((0, most - len(s)), (0, 0))) for s in saved])
         units = encoding.units[variant]
         techniques = np.array([unit.technique for unit in units])
-        self._techniques = [np.flatnonzero(techniques == name) for name in dict.fromkeys(techniques)]
+        self._techniques = {str(name): np.flatnonzero(techniques == name) for name in dict.fromkeys(techniques)}
+        self._members = list(self._techniques.values())
 
-    def traded(self, count: int, rng: np.random.Generator, *, sure: bool = False) -> Levels:
+    @property
+    def structural(self) -> list[str]:
+        """Techniques other than quantization that the architecture has units of."""
+        return [name for name in self._techniques if name != "quantize"]
+
+    def traded(
+        self, count: int, rng: np.random.Generator, *, sure: bool = False, without: Collection[str] = ()
+    ) -> Levels:
         """Plans at equal marginal cost, from the mildest to the strongest.
 
         Args:
             count: How many.
             rng: Random numbers.
             sure: Believe the probes; else each plan doubts them in its own way.
+            without: Techniques that aren't used.
         """
         costs = self._saved.shape[2]
         weights = np.full((count, costs), 1 / costs) if sure else rng.dirichlet(np.ones(costs), count)
         saved = np.einsum("ulc,pc->pul", self._saved, weights)
-        damage = np.broadcast_to(self._damage, (count, *self._damage.shape))
+        damage = np.repeat(self._damage[None], count, 0)
+        for name in without:
+            damage[:, self._techniques[name], 1:] = np.inf
         if not sure:
             doubt = np.exp(rng.normal(0, _UNSURE, (count, len(self.counts), 1)) * rng.integers(0, 2, (count, 1, 1)))
             damage = damage * doubt
@@ -100,18 +113,18 @@ class Candidates:
 
     def _cross(self, child: Levels, other: Levels, rng: np.random.Generator) -> None:
         """In place: some techniques, or some stretch of each, from the other parent."""
-        if rng.random() < 0.3 and len(self._techniques) > 1:
-            taken = self._techniques[rng.integers(len(self._techniques))]
+        if rng.random() < 0.3 and len(self._members) > 1:
+            taken = self._members[rng.integers(len(self._members))]
             child[taken] = other[taken]
             return
         low, high = np.sort(rng.random(2))
-        for members in self._techniques:
+        for members in self._members:
             taken = members[int(low * len(members)) : int(np.ceil(high * len(members)))]
             child[taken] = other[taken]
 
     def _stretch(self, child: Levels, rng: np.random.Generator) -> None:
         """In place: neighbouring layers at one level, as borders between widths cost."""
-        members = self._techniques[rng.integers(len(self._techniques))]
+        members = self._members[rng.integers(len(self._members))]
         start, length = rng.integers(len(members)), 1 + rng.integers(max(1, len(members) // 2))
         taken = members[start : start + length]
         level = rng.integers(self.counts[taken].max())
@@ -120,7 +133,7 @@ class Candidates:
     def uniform(self, steps: int = 9) -> Levels:
         """The same strength everywhere: each technique alone, and pruning with each width."""
         found = [np.zeros(len(self.counts), dtype=np.int64)]
-        for members in self._techniques:
+        for members in self._members:
             for strength in np.linspace(0, 1, steps)[1:]:
                 levels = found[0].copy()
                 levels[members] = np.round(strength * (self.counts[members] - 1)).astype(np.int64)
@@ -140,7 +153,3 @@ class Candidates:
         share = np.clip(strength + spread * rng.normal(size=(count, len(self.counts))), 0, 1)
         levels: Levels = np.round(share * (self.counts - 1)).astype(np.int64)
         return levels
-
-    def rows(self, levels: Levels, settings: Floats) -> Rows:
-        """The plans with these levels and settings."""
-        return Rows(self._variant, levels, settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.stats import qmc
 
 from paretune.search.surrogate.acquisition import Improvement
 from paretune.search.surrogate.beliefs import Beliefs
@@ -16,16 +18,22 @@ from paretune.spaces.space import MODEL
 Measure = Callable[[Rows], Mapping[str, float] | None]
 """Deploys a single plan untrained and tells what it costs; None where it can't be deployed."""
 
-_SPREAD = (0.45, 0.75, 0.25, 0.6, 0.9)
-"""Where the first trials are along the front that the probes foresee, from dense to cheapest."""
+_FIRST = 6
+"""Trials before the surrogate decides."""
+
+_SPREAD = (0.45, 0.7, 0.55, 0.25, 0.85, 0.35)
+"""Where these are along the front that the probes foresee, from dense to cheapest."""
+
+_MEASURING = 0.1
+"""Share of the time between proposals that may go into measuring plans: where trials are short, it takes as long."""
 
 _POOL, _CHILDREN, _ROUNDS, _BEST = 96, 96, 6, 24
 """Candidates of each kind in the first round; children in each further one; such rounds; how many go on."""
 
-_SURE = 0.02
+_SURE = 0.03
 """Relative error below which a predicted cost isn't worth a measurement: the clock's own is about as large."""
 
-_ALIKE = 0.95
+_ALIKE = 0.85
 """Share of the candidates that are trained nearly as good plans were; the others in any way."""
 
 _TINY = 1e-12
@@ -54,6 +62,11 @@ class Choice:
         self.rng = rng
         self._candidates: dict[str, Candidates] = {}
         self._cheapest = np.zeros(0)
+        self._begun = time.monotonic()
+        self._spent = 0.0
+
+    def _has_time(self) -> bool:
+        return self._spent <= _MEASURING * (time.monotonic() - self._begun)
 
     def refresh(self) -> None:
         """Look at what each level saves, as the costs are predicted now."""
@@ -70,7 +83,7 @@ class Choice:
             measured: How many plans may be measured, at most.
         """
         position = len(self._beliefs.seen.rows) + len(pending)
-        if position < len(_SPREAD) or not self._beliefs.is_ready:
+        if position <= _FIRST or not self._beliefs.is_ready:
             return self._designed(position)
         with self._beliefs.assuming(pending):
             improvement, best = self._searched()
@@ -124,8 +137,10 @@ class Choice:
                 break
             if key in found or key in seen.failed:
                 continue
-            if not ledger.knows(row)[0] and ledger.predict(row)[1].max() > _SURE:
+            if not ledger.knows(row)[0] and ledger.predict(row)[1].max() > _SURE and self._has_time():
+                began = time.monotonic()
                 values = measure(row)
+                self._spent += time.monotonic() - began
                 if values is None:
                     seen.failed.add(key)
                     continue
@@ -134,14 +149,28 @@ class Choice:
         return list(found.values())
 
     def _designed(self, position: int) -> Rows:
-        """A plan of the front that the probes foresee, the trials spread along it."""
+        """A plan of the front that the probes foresee, the trials spread along it.
+
+        Every other one has just one technique beside quantization, so that it shows how well each is repaired; and each
+        is trained in another way.
+        """
         candidates = self._candidates[MODEL]
-        levels = candidates.traded(4 * _POOL, self.rng, sure=True)
-        settings = np.tile(self._encoding.default_settings(), (len(levels), 1))
-        rows = Rows(MODEL, levels, settings)
+        structural = candidates.structural
+        only = structural[position // 2 % len(structural)] if position % 2 and structural else None
+        without = [name for name in structural if only not in (None, name)]
+        levels = candidates.traded(4 * _POOL, self.rng, sure=True, without=without)
+        rows = Rows(MODEL, levels, np.tile(self._spread_settings(position), (len(levels), 1)))
         cost = self._beliefs.ledger.predict(rows)[0][:, 0]
         wanted = cost.max() + (cost.min() - cost.max()) * _SPREAD[position % len(_SPREAD)]
         return rows.take([int(np.abs(cost - wanted).argmin())])
+
+    def _spread_settings(self, position: int) -> Floats:
+        """The middle first, then points that fill the ranges evenly (Halton, 1960); first choices throughout."""
+        middle = self._encoding.default_settings()
+        if position < 2 or not len(middle):
+            return middle
+        point = qmc.Halton(len(middle), scramble=False).random(position + 1)[-1]
+        return np.where(self._encoding.continuous, 0.1 + 0.8 * point, middle)
 
     def _pool(self, variant: str, front: Sequence[Rows]) -> Rows:
         """Candidates of an architecture, whose plans on the front are given."""

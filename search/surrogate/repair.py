@@ -17,8 +17,11 @@ _LEAST, _LEFT, _POWER = 0.33, 0.54, 1.0
 """What is expected of the constants: the gap of a plan without damage and the share of a damage that is left, in
 tolerated losses; the power of the damage."""
 
-_SDS = (0.7, 1.0, 0.3)
-"""Of the logarithms of the first two, and of the power."""
+TECHNIQUE_SD = 1.0
+"""Standard deviation of the logarithm of the share of a technique's damage that is left."""
+
+_LEAST_SD, _POWER_SD = 0.7, 0.3
+"""The same of the gap without damage, and of the power itself."""
 
 _DEEPEST = 5.0
 """Tolerated losses from the top to the bottom, at least."""
@@ -36,7 +39,7 @@ class Repair:
         self._tolerated = tolerated
         means = [np.log(_LEAST * tolerated), *[np.log(_LEFT * tolerated)] * techniques, _POWER]
         self._expected = np.array(means)
-        self._sds = np.array([_SDS[0], *[_SDS[1]] * techniques, _SDS[2]])
+        self._sds = np.array([_LEAST_SD, *[TECHNIQUE_SD] * techniques, _POWER_SD])
         self._constants = self._expected
         self._depth = _DEEPEST * tolerated
 
@@ -60,6 +63,16 @@ class Repair:
     def __call__(self, damages: Floats) -> Floats:
         """Shape (N,): the logarithm of the gap at damages of shape (N, techniques)."""
         return self._value(self._constants, damages)
+
+    def parts(self, damages: Floats) -> Floats:
+        """Shape (N, techniques): which share of the gap, before it levels off, comes from each technique.
+
+        To first order, the logarithm of the gap moves by these shares times an error in the logarithm of what is left.
+        """
+        least, *left, power = self._constants
+        own = np.maximum(damages, 1e-6) ** np.clip(power, 0.1, 5.0) * np.exp(left)
+        found: Floats = own / (np.exp(least) + own.sum(1, keepdims=True))
+        return found
 
     def _value(self, constants: Floats, damages: Floats) -> Floats:
         least, *left, power = constants
