@@ -24,7 +24,7 @@ from paretune.search.surrogate.repair import TECHNIQUE_SD, Repair
 _NOISE = 0.02
 """Standard deviation of a measured accuracy, in tolerated losses: another seed would have found another one."""
 
-_MARGIN = 0.02
+_MARGIN = 0.05
 """Of the tolerated loss: how far above the best accuracy the gap begins."""
 
 _REPAIR = 0.3
@@ -45,11 +45,13 @@ class Belief:
         top: Accuracy that the gaps are below.
         mean: Shape (N,), of the logarithm of the gap.
         sd: Shape (N,), the same; of the accuracy itself, without the noise of measuring it.
+        noise: Shape (N,), the same, of that noise.
     """
 
     top: float
     mean: Floats
     sd: Floats
+    noise: Floats
 
     @property
     def median(self) -> Floats:
@@ -72,10 +74,14 @@ class Belief:
         found: Floats = room * ndtr(above) - np.exp(mean + sd**2 / 2) * ndtr(above - sd)
         return np.maximum(found, 0.0)
 
-    def chance(self, level: float) -> Floats:
-        """Shape (N,): probability that the accuracy is at least `level`."""
-        room = max(self.top - level, 1e-12)
-        found: Floats = ndtr((np.log(room) - self.mean) / np.maximum(self.sd, 1e-9))
+    @property
+    def told(self) -> Floats:
+        """Shape (N,), in [0, 1]: how much a measurement would tell.
+
+        Augmented expected improvement (Huang et al., 2006): where noise is larger than what isn't known, a plan that
+        looks like an improvement would only look so.
+        """
+        found: Floats = 1 - self.noise / np.hypot(self.noise, self.sd)
         return found
 
 
@@ -137,7 +143,9 @@ class AccuracyModel:
         # What is wanted is the accuracy, not another noisy measurement of it.
         quiet = np.sqrt(np.maximum(sd**2 - self._noise, 1e-6))
         foreseen = self._repair(features[:, : self._damages])
-        return Belief(self._top, foreseen + mean * self._scale, quiet * self._scale)
+        log_gap = foreseen + mean * self._scale
+        noise = np.hypot(np.sqrt(self._noise) * self._scale, _NOISE * self._tolerated / np.exp(log_gap))
+        return Belief(self._top, log_gap, quiet * self._scale, noise)
 
     def _seen_by_process(self, features: Floats) -> Floats:
         """The features with the techniques' parts of the gap in the place of their damages."""

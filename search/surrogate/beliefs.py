@@ -167,7 +167,8 @@ class Beliefs:
     def gains(self, improvement: Improvement, rows: Rows) -> Floats:
         """Shape (N,): what plans are expected to add, as far as they are likely to keep the bounds."""
         values, error = self.ledger.predict(rows)
-        gains = improvement(self._signed(values), self.believe(rows))
+        belief = self.believe(rows)
+        gains = improvement(self._signed(values), belief) * belief.told
         for bound in self._bounds:
             column = self.ledger.names.index(bound.name)
             sign = 1.0 if bound.op == "<=" else -1.0

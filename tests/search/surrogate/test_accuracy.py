@@ -56,9 +56,11 @@ def test_an_extrapolated_accuracy_counts_less_than_a_measured_one() -> None:
 
 
 def test_expected_improvement_is_that_of_draws() -> None:
-    belief = Belief(top=0.95, mean=np.log([0.05, 0.2]), sd=np.array([0.3, 0.5]))
+    belief = Belief(top=0.95, mean=np.log([0.05, 0.2]), sd=np.array([0.3, 0.5]), noise=np.zeros(2))
     levels = np.array([0.5, 0.8, 0.9])
-    drawn = 0.95 - np.exp(belief.mean[:, None] + belief.sd[:, None] * np.random.default_rng(0).normal(size=(2, 100_000)))
+    drawn = 0.95 - np.exp(
+        belief.mean[:, None] + belief.sd[:, None] * np.random.default_rng(0).normal(size=(2, 100_000))
+    )
     expected = np.maximum(drawn[:, :, None] - levels, 0).mean(1)
     assert belief.improvement(levels) == pytest.approx(expected, abs=1e-3)
 

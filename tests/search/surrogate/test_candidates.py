@@ -11,9 +11,7 @@ from paretune.search.surrogate.candidates import Candidates, equal_marginal_cost
 from paretune.search.surrogate.encoding import Encoding
 from paretune.spaces.space import MODEL, SearchSpace
 
-SPACE = SearchSpace(
-    grids={f"g{i}": [8, 16, 24, 32] for i in range(4)}, widths={f"l{i}": (32, 8) for i in range(4)}
-)
+SPACE = SearchSpace(grids={f"g{i}": [8, 16, 24, 32] for i in range(4)}, widths={f"l{i}": (32, 8) for i in range(4)})
 ENCODING = Encoding(SPACE)
 COUNTS = [4] * 4 + [2] * 4
 
