@@ -88,10 +88,10 @@ def _keeping(training: Training, keep: Callable[[nn.Module, int, int], None], bo
 
     def after_step(moment: Moment) -> None:
         nonlocal kept
-        training.after_step(moment)
         if moment.done >= mark and not kept:
-            keep(moment.model().cpu(), moment.done, total)
+            keep(moment.model().cpu(), moment.done, total)  # first, as it waits for the steps that a GPU still queues
             kept = True
+        training.after_step(moment)
 
     return replace(training, after_step=after_step, rungs=(*training.rungs, mark / total))
 

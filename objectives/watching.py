@@ -89,7 +89,8 @@ class Watching:
             with self._watch.phase("rung"):
                 self._score(moment, reached)
         self._step_aside()
-        self._end_if_wanted()
+        if moment.done < moment.total:  # a training that is over is worth its measurement
+            self._end_if_wanted()
 
     def stopped(self) -> Stopped:
         """The trial, if it is ended now."""

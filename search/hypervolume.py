@@ -16,6 +16,11 @@ SLACK = 0.1
 """How much worse than the dense model, as a share of its value, a point may be and still count."""
 
 
+def tolerated(value: float) -> float:
+    """By how much worse than the dense model's a value may be and still count; more than 0."""
+    return SLACK * max(abs(value), 1e-9)
+
+
 def losses(values: Mapping[str, float], objectives: Sequence[str]) -> Point:
     """The objectives' values with the sign by which less is better."""
     return tuple(-values[name] if direction(name) == "maximize" else float(values[name]) for name in objectives)
@@ -35,8 +40,7 @@ def reference_point(
         constraints: Bounds of the job; those on what is no objective don't matter here.
     """
     worst = {
-        name: dense[name] - (SLACK if direction(name) == "maximize" else -SLACK) * abs(dense[name])
-        for name in objectives
+        name: dense[name] - (1 if direction(name) == "maximize" else -1) * tolerated(dense[name]) for name in objectives
     }
     for bound in constraints:
         if bound.name in worst and bound.op == (">=" if direction(bound.name) == "maximize" else "<="):

@@ -73,7 +73,9 @@ class LocalExecutor(Executor):
             pause = max(0.0, min(limits) - time.monotonic())
             for ready in wait(list(busy), timeout=pause):
                 events += self._receive(busy[ready])  # type: ignore[index]
-            events += [self._kill(worker) for worker in list(busy.values()) if self._overdue(worker)]
+            # What a worker sent in time, while the search was busy, is read first.
+            late = [worker for worker in busy.values() if self._overdue(worker) and not worker.connection.poll()]
+            events += [self._kill(worker) for worker in late]
             if time.monotonic() >= end:
                 break
         self.free += sum(isinstance(event, Outcome) for event in events)

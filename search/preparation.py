@@ -20,6 +20,9 @@ from paretune.search.surrogate.learn import learn
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
+_OUTLINES = 24
+"""Plans that are measured untrained, at most."""
+
 KNOWLEDGE = "knowledge.json"
 """File of a run with what was found out for the sampler before the first trial."""
 
@@ -45,7 +48,9 @@ def prepare(
     if path.is_file():
         knowledge = Knowledge.from_dict(json.loads(path.read_text()))
     else:
-        knowledge = learn(job, problem, baseline, profile, space, report)
+        # A short search can't spend as long on finding out as a long one.
+        outlines = min(_OUTLINES, 2 * (job.search.trials or _OUTLINES))
+        knowledge = learn(job, problem, baseline, profile, space, report, outlines=outlines)
         part = path.with_name(f".{path.name}.part")  # a run that is killed here learns anew
         part.write_text(json.dumps(knowledge.to_dict(), indent=1) + "\n")
         part.replace(path)
@@ -53,6 +58,9 @@ def prepare(
 
     def measure(plan: CompressionPlan) -> Mapping[str, float] | None:
         found = outline(evaluator, plan, job.search.seed)
-        return None if isinstance(found, str) else found
+        if isinstance(found, str):
+            report(f"a plan can't be deployed, so it isn't proposed: {found}")
+            return None
+        return found
 
     return Known(objectives, constraints, knowledge, measure, results_of)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ from paretune.search.report import write_report
 from paretune.search.results import candidates, write_trials
 from paretune.search.samplers import NOTHING, SAMPLERS, Known
 from paretune.search.study import SearchStudy, check_new_study, stored_rows, study_url
+from paretune.search.surrogate.sampler import FrontSampler
 from paretune.search.trials import run_trials
 from paretune.search.verify_front import verify_front
 from paretune.spaces.analysis import Analysis
@@ -172,6 +174,10 @@ def _search_alone(job: Job, folder: Path, problem: Problem, profile: Profile, re
     with _sigterm_raises():
         try:
             begun = run_trials(job, folder, study, executor, metric, problem.device(), report)
+            errors = study.sampler.latency_errors() if isinstance(study.sampler, FrontSampler) else None
+            if errors and errors.plans > 2:
+                report(f"latency model: {errors}, each foreseen before it was measured")
+                _write_json(folder / "latency_model.json", asdict(errors))
             if not begun and _is_verified(folder):
                 report("nothing is left to do: the budget is spent and the front is verified")
                 return folder

@@ -40,6 +40,9 @@ _MARGIN: Mapping[str, float] = {"latency_ms": 0.05, "size_bytes": 0.01}
 few, and packed weights are other weights. Of 130 trials on a busy machine 3 came out faster by more than 5 %, of 14
 with artifacts of 0.07 ms also 3; no size differed by more than 0.65 %."""
 
+_MARGIN_MS = 0.01
+"""The same of a latency, in milliseconds, at least."""
+
 Array = npt.NDArray[np.float64]
 
 
@@ -84,25 +87,24 @@ class FrontStopping:
         self._costs = [name for name in objectives if name != "accuracy"]
         self._constraints = tuple(constraints)
         self._feasible: list[Mapping[str, float]] = []
-        self._curves: list[tuple[dict[float, float], float]] = []
+        self._curves: dict[str, list[tuple[dict[float, float], float]]] = {}
 
-    def add(self, metrics: Mapping[str, float], rungs: Sequence[Rung]) -> None:
+    def add(self, metrics: Mapping[str, float], rungs: Sequence[Rung], kind: str = "") -> None:
         """Learn from a trial that was trained to its end.
 
         Args:
             metrics: What was measured, named as in `paretune.objectives.measurement.Measurement.to_dict`.
             rungs: Those of its training; without any it still counts for the front.
+            kind: What comes after a rung differs from kind to kind, e.g. for plans with quantizers and without: each is
+                foreseen from its own alone.
         """
         if feasible(metrics, self._constraints):
             self._feasible.append(metrics)
         if rungs:
-            self._curves.append(({rung.share: rung.accuracy for rung in rungs}, metrics["accuracy"]))
+            curve = {rung.share: rung.accuracy for rung in rungs}
+            self._curves.setdefault(kind, []).append((curve, metrics["accuracy"]))
 
-    def should_stop(self, number: int, outline: Mapping[str, float], rungs: Sequence[Rung]) -> bool:
-        """Whether a trial can't join the front any more; see `verdict`."""
-        return bool(self.verdict(number, outline, rungs))
-
-    def verdict(self, number: int, outline: Mapping[str, float], rungs: Sequence[Rung]) -> str:
+    def verdict(self, number: int, outline: Mapping[str, float], rungs: Sequence[Rung], kind: str = "") -> str:
         """Why a trial can't join the front any more, in a few words; empty where it may.
 
         Args:
@@ -111,15 +113,16 @@ class FrontStopping:
                 but poor trials would be ever fewer in it, and those it spares keep it honest there.
             outline: What is known of the plan without training, as of `paretune.objectives.evaluate.Evaluator.outline`.
             rungs: Those that it reached; none before the training, where only a broken bound can stop it.
+            kind: As in `add`.
         """
         if not self._feasible:
             return ""
         for constraint in self._constraints:
             if constraint.name in outline and not any(map(constraint.holds, _early_ends(constraint.name, outline))):
                 return f"{constraint} is broken ({outline[constraint.name]:.6g})"
-        if number % SPARED == SPARED - 1 or not self._has_seen_poorer(rungs):
+        if number % SPARED == SPARED - 1 or not self._has_seen_poorer(rungs, kind):
             return ""
-        found = self.predict(rungs)
+        found = self.predict(rungs, kind)
         if found is None:
             return ""
         upper = max(found.upper(CONFIDENCE), rungs[-1].accuracy)
@@ -132,9 +135,10 @@ class FrontStopping:
                 return f"{constraint} is out of reach"
         return ""
 
-    def _has_seen_poorer(self, rungs: Sequence[Rung]) -> bool:
+    def _has_seen_poorer(self, rungs: Sequence[Rung], kind: str) -> bool:
         """Whether enough trials finished that were no better at the last of some rungs."""
-        poorer = (curve.get(rung.share, math.inf) <= rung.accuracy for rung in rungs[-1:] for curve, _ in self._curves)
+        curves = [curve for curve, _ in self._curves.get(kind, ())]
+        poorer = (curve.get(rung.share, math.inf) <= rung.accuracy for rung in rungs[-1:] for curve in curves)
         return sum(poorer) >= MIN_POORER
 
     def needed(self, outline: Mapping[str, float]) -> float:
@@ -159,12 +163,12 @@ class FrontStopping:
             default=-math.inf,
         )
 
-    def expected(self, rungs: Sequence[Rung]) -> tuple[float, float] | None:
+    def expected(self, rungs: Sequence[Rung], kind: str = "") -> tuple[float, float] | None:
         """Mean and standard deviation of the final accuracy of a trial that was stopped; None with too few curves."""
-        found = self.predict(rungs)
+        found = self.predict(rungs, kind)
         return None if found is None else (found.mean, found.sd)
 
-    def predict(self, rungs: Sequence[Rung]) -> Prediction | None:
+    def predict(self, rungs: Sequence[Rung], kind: str = "") -> Prediction | None:
         """The final accuracy of a trial, from its last two rungs; None with too few curves that show the same rungs."""
         if not rungs or not all(math.isfinite(rung.accuracy) for rung in rungs):
             return None
@@ -172,7 +176,7 @@ class FrontStopping:
         shares = [rung.share for rung in last]
         known = [
             (*(curve[share] for share in shares), final)
-            for curve, final in self._curves
+            for curve, final in self._curves.get(kind, ())
             if all(share in curve for share in shares)
         ]
         if len(known) < MIN_CURVES:
@@ -192,7 +196,8 @@ def _early_ends(name: str, outline: Mapping[str, float]) -> tuple[float, float]:
     """The same for a cost that was measured before the training, and will be again."""
     margin = _MARGIN.get(name.partition("@")[0], 0.0)
     low, high = _ends(name, outline)
-    return low * (1 - margin), high * (1 + margin)
+    least = _MARGIN_MS if name.startswith("latency_ms") else 0.0
+    return low - max(low * margin, least), high + max(high * margin, least)
 
 
 _PRIOR_MEAN, _PRIOR_SD = (0.0, 0.5, 0.0), (1.0, 0.5, 0.5)

@@ -79,6 +79,7 @@ class SearchStudy:
             self._study.set_metric_names(list(objectives))
         if self._study.get_trials(deepcopy=False):
             sampler.reseed_rng()  # else a resumed search would propose again what it proposed with its seed before
+        self.sampler = sampler
         self._running: dict[int, optuna.Trial] = {}
         self._ended: dict[int, TrialRow] = {}
 
@@ -91,7 +92,7 @@ class SearchStudy:
         """Ask for the next plan; its trial is running from now on."""
         trial = self._study.ask(self._distributions)
         plan = self.space.to_plan(trial.params)
-        source = str(trial.user_attrs.get(_SOURCE, _SAMPLER))
+        source = _source_of(self._study.get_trials(deepcopy=False)[trial.number])
         trial.set_user_attr(_PLAN, plan.to_dict())
         self._running[trial.number] = trial
         return Proposal(trial.number, plan, source)
@@ -171,6 +172,11 @@ class SearchStudy:
         return found
 
 
+def _source_of(trial: FrozenTrial) -> str:
+    source = trial.user_attrs.get(_SOURCE)
+    return str(source or ("enqueued" if "fixed_params" in trial.system_attrs else _SAMPLER))
+
+
 def _rungs(stopped: Mapping[str, Any]) -> tuple[Rung, ...]:
     return tuple(Rung(**rung) for rung in stopped["rungs"])
 
@@ -178,7 +184,10 @@ def _rungs(stopped: Mapping[str, Any]) -> tuple[Rung, ...]:
 def stored_rows(job: Job, run: Path) -> list[TrialRow]:
     """Every trial of a run, in the order of its number; only reads, also while the run goes on."""
     url = job.storage or study_url(run)
-    study = optuna.load_study(study_name=job.name, storage=open_storage(url))
+    storage = open_storage(url)
+    if job.name not in optuna.get_all_study_names(storage):
+        return []  # the run is still being prepared
+    study = optuna.load_study(study_name=job.name, storage=storage)
     return [TrialRow(trial, job.constraints) for trial in study.get_trials(deepcopy=False)]
 
 
@@ -205,8 +214,8 @@ class TrialRow:
 
     @property
     def source(self) -> str:
-        """Who proposed it: dense, uniform, enqueued, retry or sampler."""
-        return str(self.trial.user_attrs.get(_SOURCE, _SAMPLER))
+        """Who proposed it: dense, variant, uniform, retry, sampler, or enqueued, by the user in the study itself."""
+        return _source_of(self.trial)
 
     @property
     def measurement(self) -> Measurement:
@@ -251,9 +260,14 @@ class TrialRow:
         return duration.total_seconds() if duration else None
 
 
-def results_of(trial: FrozenTrial) -> tuple[Mapping[str, float], tuple[float, float] | None]:
-    """What an ended trial is known to cost, and the mean and deviation of the accuracy that a stopped one expected."""
+def results_of(trial: FrozenTrial) -> tuple[Mapping[str, float], tuple[float, float] | None] | None:
+    """What an ended trial is known to cost, and the mean and deviation of the accuracy that a stopped one expected.
+
+    None where nothing came of it because the run was killed.
+    """
     attributes = trial.user_attrs
+    if not {_RECORD, _STOPPED, _ERROR} & attributes.keys():
+        return None
     measured = (attributes.get(_RECORD) or {}).get("measurement") or (attributes.get(_STOPPED) or {}).get("outline")
     expected = attributes.get(_EXPECTED)
     return measured or {}, (expected[0], expected[1]) if expected else None

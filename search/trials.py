@@ -19,6 +19,8 @@ from paretune.search.requests import Evaluate
 from paretune.search.results import write_front
 from paretune.search.stopping import FrontStopping
 from paretune.search.study import Proposal, SearchStudy
+from paretune.spaces.plan import CompressionPlan
+from paretune.spaces.settings import INTEGER
 
 _POLL = 1.0
 
@@ -54,7 +56,8 @@ def run_trials(
     running: dict[int, Proposal] = {}
     stopping = _Stopping(job, study, executor)
     while True:
-        while executor.free > 0 and begun < limit and time.monotonic() < end:
+        # However long it took to learn what the sampler wants to know, one trial is made.
+        while executor.free > 0 and begun < limit and (time.monotonic() < end or not begun):
             with device.shared():  # samplers compute too, and somebody may be measuring
                 proposal = study.propose()
             begun += 1
@@ -67,7 +70,8 @@ def run_trials(
                 stopping.look_at(event, running[event.number])
                 continue
             proposal = running.pop(event.number)
-            line = _tell(folder, study, stopping, proposal, event, metric)
+            with device.shared():  # samplers learn when they are told
+                line = _tell(folder, study, stopping, proposal, event, metric)
             study.spent_seconds = time.monotonic() - start
             if not isinstance(event.result, Stopped):
                 write_front(folder, study, metric)
@@ -83,17 +87,25 @@ class _Stopping:
         self._is_on = job.search.stopping == "front"
         self._executor = executor
         for row in study.rows():
-            if row.record:
-                self.rule.add(row.measurement.to_dict(), row.rungs)
+            if row.record and row.plan:
+                self.rule.add(row.measurement.to_dict(), row.rungs, kind_of(row.plan))
 
     def look_at(self, progress: Progress, proposal: Proposal) -> None:
         """Ask a trial to end that can't reach the front any more."""
         number = progress.number
         if not self._is_on or proposal.source in _KEPT or number in self.reasons:
             return
-        if reason := self.rule.verdict(number, progress.outline, progress.rungs):
+        if reason := self.rule.verdict(number, progress.outline, progress.rungs, kind_of(proposal.plan)):
             self.reasons[number] = reason
             self._executor.stop(number)
+
+
+def kind_of(plan: CompressionPlan) -> str:
+    """What tells learning curves apart: a rung shows neither the cuts nor the rounding that still lie before it."""
+    narrowest = min((bits for bits in plan.quantize.bits.values() if bits <= INTEGER), default=0)
+    after = [f"{narrowest} bits" if narrowest else "floats", str(plan.schedule)]
+    after += ["afterwards"] * (narrowest > 0 and not plan.quantize.aware) + ["codebooks"] * bool(plan.share.clusters)
+    return ", ".join(after)
 
 
 def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
@@ -118,14 +130,15 @@ def _tell(
         return f"{head}: failed: {error}"
     known = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
     if isinstance(result, Stopped):
-        expected, reason = stopping.rule.expected(result.rungs), stopping.reasons[proposal.number]
+        expected = stopping.rule.expected(result.rungs, kind_of(proposal.plan))
+        reason = stopping.reasons[proposal.number]
         found = {"stopped": reason, **result.to_dict(), "expected_accuracy": expected}
         _write_json(trial / "record.json", known | found)
         study.stop(proposal.number, result, expected)
         return f"{head}: {_stopped_line(metric, result, reason)}"
     _write_json(trial / "record.json", known | result.to_dict())
     study.complete(proposal.number, result)
-    stopping.rule.add(result.measurement.to_dict(), result.rungs)
+    stopping.rule.add(result.measurement.to_dict(), result.rungs, kind_of(proposal.plan))
     return f"{head}: {_complete_line(metric, result)}"
 
 

@@ -36,7 +36,8 @@ def verify_front(
     trained = {number: _trained(artifact, epochs) for number, artifact in artifacts.items()}
     report(f"verifying {plural(len(members), 'plan')}, the front and the next best: {_how(trained.values(), epochs)}")
     requests = [_longer(run, row, job.search.seed, epochs, trained[row.number]) for row in members]
-    deadline = job.search.trial_timeout * max(1.0, (epochs - min(trained.values(), default=0.0)) / job.finetune.epochs)
+    # As for a training from the beginning: what is resumed goes on from within its first one.
+    deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
     for outcome in _run_all(executor, requests, deadline):
         row = next(row for row in members if row.number == outcome.number)
         if outcome.error:

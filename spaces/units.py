@@ -68,4 +68,4 @@ def _all(space: SearchSpace) -> Iterator[Unit]:
 
 
 def _steps(most: float) -> tuple[float, ...]:
-    return tuple(round(most * step / _STEPS, 6) for step in range(_STEPS + 1))
+    return tuple(min(most, round(most * step / _STEPS, 6)) for step in range(_STEPS + 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr
+from scipy.special import log_ndtr, ndtr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel, Matern, WhiteKernel
@@ -71,8 +71,13 @@ class Belief:
         room = np.maximum(self.top - levels, 1e-12)[None, :]
         mean, sd = self.mean[:, None], np.maximum(self.sd, 1e-9)[:, None]
         above = (np.log(room) - mean) / sd
-        found: Floats = room * ndtr(above) - np.exp(mean + sd**2 / 2) * ndtr(above - sd)
+        found: Floats = room * ndtr(above) - np.exp(mean + sd**2 / 2 + log_ndtr(above - sd))
         return np.maximum(found, 0.0)
+
+    def log_chance(self, level: float) -> Floats:
+        """Shape (N,): logarithm of the probability that the accuracy is at least `level`."""
+        found: Floats = log_ndtr((np.log(max(self.top - level, 1e-12)) - self.mean) / np.maximum(self.sd, 1e-9))
+        return found
 
     @property
     def told(self) -> Floats:
@@ -92,16 +97,17 @@ class AccuracyModel:
         tolerated: Loss of accuracy, in the metric's unit, within which differences matter, > 0.
         damages: How many features, the first ones, are damages, by technique.
         whole: How many of those that follow are of the whole plan. The others are shares of single units.
+        dense: Accuracy of the dense model, where it is known: plans may reach it.
     """
 
-    def __init__(self, tolerated: float, damages: int, whole: int) -> None:
+    def __init__(self, tolerated: float, damages: int, whole: int, dense: float = -np.inf) -> None:
+        self._dense = dense
         self._repair = Repair(tolerated, damages)
         self._damages = damages
         self._whole = damages + whole
         self._tolerated = tolerated
         self._margin = _MARGIN * tolerated
         self._kernel: Kernel | None = None
-        self._fitted_at = 0
         self._top = 0.0
         self._process: GaussianProcessRegressor | None = None
         self._scale = 1.0
@@ -116,7 +122,7 @@ class AccuracyModel:
             tune: Choose the kernel's length scales and the noise anew; else keep those that were chosen last.
         """
         values, spread = np.asarray(accuracy, dtype=np.float64), np.asarray(sd, dtype=np.float64)
-        self._top = float(values.max()) + self._margin
+        self._top = max(self._dense, float(values.max())) + self._margin
         gap = self._top - values
         # An error of the accuracy is one of the logarithm of the gap, divided by the gap.
         relative = np.minimum(np.hypot(spread, _NOISE * self._tolerated) / gap, 2.0)
@@ -124,7 +130,8 @@ class AccuracyModel:
         damages = features[:, : self._damages]
         self._repair.fit(damages, target, relative)
         missed = target - self._repair(damages)
-        self._scale = max(float(missed.std()), 0.1)
+        if tune or self._kernel is None:  # the kernel's numbers are relative to it
+            self._scale = max(float(missed.std()), 0.1)
         noise = _JITTER + (relative / self._scale) ** 2
         fresh = _fresh(self._damages, self._whole, features.shape[1], self._scale)
         kernel = self._kernel if self._kernel is not None and not tune else fresh

@@ -27,17 +27,15 @@ class Improvement:
         worst: Shape (costs,): from here on, costs count for nothing.
         best: Shape (costs,): no plan costs less than this.
         least: Accuracy that counts for nothing, as does all below.
-        bound: Accuracy that a plan must reach to count at all.
     """
 
-    def __init__(
-        self, costs: Floats, accuracy: Floats, *, worst: Floats, best: Floats, least: float, bound: float | None = None
-    ) -> None:
-        least = least if bound is None else max(least, bound)
+    def __init__(self, costs: Floats, accuracy: Floats, *, worst: Floats, best: Floats, least: float) -> None:
         self._cells = _cells(best, worst)
         covered = (costs[None, :, :] <= self._cells[:, None, :]).all(2)
         reached = np.where(covered, accuracy[None, :], least).max(1, initial=least)
         self._levels, place = np.unique(reached, return_inverse=True)
+        self.whole = float(np.prod(np.maximum(worst - best, 0.0)))
+        """Volume of all costs that count."""
         self._volume = float(np.prod(np.maximum(worst - best, 0.0))) / len(self._cells)
         self._in_level = np.zeros((len(self._cells), len(self._levels)), dtype=np.float32)
         self._in_level[np.arange(len(self._cells)), place] = 1

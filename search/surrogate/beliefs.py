@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import log_ndtr
 
-from paretune.search.hypervolume import SLACK, reference_point
+from paretune.search.hypervolume import reference_point, tolerated
 from paretune.search.job_types import Constraint, direction
 from paretune.search.surrogate.accuracy import AccuracyModel, Belief
 from paretune.search.surrogate.acquisition import Improvement
-from paretune.search.surrogate.encoding import Encoding, Floats, Rows
+from paretune.search.surrogate.encoding import Encoding, Floats, Key, Rows
 from paretune.search.surrogate.features import DAMAGES, Features
 from paretune.search.surrogate.knowledge import Knowledge
 from paretune.search.surrogate.ledger import Ledger
@@ -30,6 +30,9 @@ _CLOCK = 0.003
 _NEAR = 0.05
 """Settings as near as this are the same plan once more."""
 
+_LEAST_ERROR = 0.003
+"""Relative error of a cost, at least: it will be measured again."""
+
 _TINY = 1e-12
 
 
@@ -38,6 +41,7 @@ class Seen:
     """What came of the trials.
 
     Attributes:
+        encoding: Of the space.
         rows: One a trial.
         accuracy: Of each; extrapolated where the trial was stopped.
         sd: Of each; 0 where it was measured.
@@ -45,22 +49,24 @@ class Seen:
         tried: Key to the settings that a plan was tried with.
     """
 
+    encoding: Encoding
     rows: list[Rows] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     sd: list[float] = field(default_factory=list)
-    failed: set[tuple[str, bytes]] = field(default_factory=set)
-    tried: dict[tuple[str, bytes], list[Floats]] = field(default_factory=dict)
+    failed: set[Key] = field(default_factory=set)
+    tried: dict[Key, list[Floats]] = field(default_factory=dict)
 
     def take(self, row: Rows, accuracy: float, sd: float) -> None:
         """Note what a trial was worth."""
         self.rows.append(row)
         self.accuracy.append(float(accuracy))
         self.sd.append(float(sd))
-        self.tried.setdefault(row.keys()[0], []).append(row.settings[0])
+        [key] = self.encoding.keys(row)
+        self.tried.setdefault(key, []).append(row.settings[0])
 
     def knows(self, row: Rows, *, trained_alike: bool) -> bool:
         """Whether a single plan failed or was tried: in any way, or only trained about as it would be."""
-        [key] = row.keys()
+        [key] = self.encoding.keys(row)
         tried = self.tried.get(key, ())
         near = (np.abs(row.settings[0] - settings).max(initial=0) < _NEAR for settings in tried)
         return key in self.failed or (any(near) if trained_alike else bool(tried))
@@ -72,19 +78,21 @@ class Beliefs:
     Args:
         encoding: Of the space.
         knowledge: What was known before the first trial.
-        objectives: ``accuracy`` and one to three more. The accuracies on further targets follow that on the first.
+        objectives: ``accuracy`` and one to three more, a cost among them.
         constraints: Bounds.
     """
 
     def __init__(
         self, encoding: Encoding, knowledge: Knowledge, objectives: Sequence[str], constraints: Sequence[Constraint]
     ) -> None:
-        self.seen = Seen()
+        self.seen = Seen(encoding)
         self.features = Features(encoding, knowledge)
         self._dense = knowledge.dense
-        self._constraints = tuple(constraints)
+        # The accuracies on further targets follow that on the first.
+        alike = {"name": "accuracy"}
+        self._constraints = tuple(c.model_copy(update=alike) if _is_accuracy(c.name) else c for c in constraints)
         self._costs = tuple(name for name in objectives if not _is_accuracy(name))
-        self._bounds = tuple(c for c in constraints if not _is_accuracy(c.name) and c.name not in self._costs)
+        self._bounds = tuple(c for c in self._constraints if not _is_accuracy(c.name) and c.name not in self._costs)
         names = dict.fromkeys([*self._costs, *(bound.name for bound in self._bounds)])
         self.ledger = Ledger(encoding, knowledge, list(names))
         self._model: AccuracyModel | None = None
@@ -115,10 +123,12 @@ class Beliefs:
             return
         before = self.seen
         believed = over(pending, lambda rows: self.believe(rows).median)
-        self.seen = Seen([*before.rows, *pending], [*before.accuracy, *believed], [*before.sd, *(0.0 for _ in pending)])
-        self.seen.failed, self.seen.tried = before.failed, dict(before.tried)
-        for row in pending:
-            self.seen.tried[row.keys()[0]] = [*before.tried.get(row.keys()[0], ()), row.settings[0]]
+        tried = {key: list(settings) for key, settings in before.tried.items()}
+        self.seen = replace(
+            before, rows=[*before.rows], accuracy=[*before.accuracy], sd=[*before.sd], failed=before.failed, tried=tried
+        )
+        for row, accuracy in zip(pending, believed, strict=True):
+            self.seen.take(row, float(accuracy), 0.0)
         try:
             self._fit()
             yield
@@ -131,50 +141,77 @@ class Beliefs:
         assert self._model is not None
         return self._model.believe(self.features(rows))
 
-    def costs(self, rows: Rows) -> Floats:
-        """The objectives other than the accuracy, signed so that less is better; shape (N, costs)."""
-        return self._signed(self.ledger.predict(rows)[0])
+    def costs(self, rows: Rows, *, known: bool = True) -> Floats:
+        """The objectives other than the accuracy, signed so that less is better; shape (N, costs).
+
+        Args:
+            rows: The plans.
+            known: Take what was measured where it was; else all are predicted.
+        """
+        return self._signed(self.ledger.predict(rows, known=known)[0])
 
     def front(self) -> list[Rows]:
         """The plans that were tried and that no other one is believed to beat, in no order."""
-        costs, accuracy = self._standing()
+        rows = self._allowed()
+        costs, accuracy = self._standing(rows)
         losses = np.concatenate([-accuracy[:, None], costs], 1)
         no_worse = (losses[:, None, :] <= losses[None, :, :]).all(2)
         better = (losses[:, None, :] < losses[None, :, :]).any(2)
         beaten = np.flatnonzero((no_worse & better).any(0))
-        return [row for place, row in enumerate(self._allowed()) if place not in beaten]
+        return [row for place, row in enumerate(rows) if place not in beaten]
 
-    def improvement(self, cheapest: Floats, *, anywhere: bool = False) -> Improvement:
-        """Over the front of what the plans that were tried are believed to be: noise makes none look better.
+    def improvement(self, cheapest: Floats) -> Improvement:
+        """Over the front of what was measured, and of what is believed where that is more.
+
+        The front that is reported is of measured values: who joins it must be seen to beat them.
 
         Args:
             cheapest: Shape (costs,): what plans cost at least.
-            anywhere: Count also what is worse than the reference.
         """
-        costs, accuracy = self._standing()
+        rows = self._allowed()
+        costs, accuracy = self._standing(rows)
+        measured = {id(row): value for row, value in zip(self.seen.rows, self.seen.accuracy, strict=True)}
+        accuracy = np.maximum(accuracy, [measured[id(row)] for row in rows])
         least, *worst = self._reference()
         low = np.minimum(cheapest, costs.min(0, initial=np.inf))
-        high = np.maximum(worst, costs.max(0, initial=-np.inf)) if anywhere else np.array(worst)
         told_apart = np.abs(costs) * np.array([_CLOCK * name.startswith("latency_ms") for name in self._costs])
         return Improvement(
             costs - told_apart,
             accuracy,
-            worst=high,
+            worst=np.array(worst),
             best=low - 0.1 * np.abs(low),
-            least=min(self.seen.accuracy) if anywhere else -least,
+            least=-least,
         )
 
     def gains(self, improvement: Improvement, rows: Rows) -> Floats:
         """Shape (N,): what plans are expected to add, as far as they are likely to keep the bounds."""
-        values, error = self.ledger.predict(rows)
         belief = self.believe(rows)
-        gains = improvement(self._signed(values), belief) * belief.told
+        found: Floats = improvement(self.costs(rows), belief) * belief.told * np.exp(self._log_allowed(rows))
+        return found
+
+    def nearness(self, rows: Rows) -> Floats:
+        """Shape (N,): logarithm of the chance to keep all bounds and to be better than the reference in all.
+
+        Where nothing is expected to add anything, it tells which way that lies.
+        """
+        least, *worst = self._reference()
+        values, error = self.ledger.predict(rows)
+        columns = [self.ledger.names.index(name) for name in self._costs]
+        signed = self._signed(values)
+        room = (np.array(worst) - signed) / (np.maximum(error[:, columns], _LEAST_ERROR) * np.abs(signed))
+        found: Floats = self.believe(rows).log_chance(-least) + log_ndtr(room).sum(1) + self._log_allowed(rows)
+        return found
+
+    def _log_allowed(self, rows: Rows) -> Floats:
+        """Shape (N,): logarithm of the chance to keep the bounds on what is no objective."""
+        values, error = self.ledger.predict(rows)
+        found = np.zeros(len(rows))
         for bound in self._bounds:
             column = self.ledger.names.index(bound.name)
             sign = 1.0 if bound.op == "<=" else -1.0
             room = sign * (np.log(max(bound.value, _TINY)) - np.log(values[:, column]))
-            gains = gains * ndtr(room / np.maximum(error[:, column], 1e-6))
-        return gains
+            found += log_ndtr(room / np.maximum(error[:, column], _LEAST_ERROR))
+        return found
 
     def _allowed(self) -> list[Rows]:
         """The plans that were tried and keep the bounds on what is no objective."""
@@ -187,9 +224,8 @@ class Beliefs:
             row for row, own in zip(rows, values, strict=True) if all(b.holds(own[column]) for b, column in columns)
         ]
 
-    def _standing(self) -> tuple[Floats, Floats]:
-        """Costs and believed accuracy of the plans that were tried and are allowed; shapes (N, costs) and (N,)."""
-        rows = self._allowed()
+    def _standing(self, rows: Sequence[Rows]) -> tuple[Floats, Floats]:
+        """Costs and believed accuracy; shapes (N, costs) and (N,)."""
         if not rows:
             return np.zeros((0, len(self._costs))), np.zeros(0)
         return over(rows, self.costs), over(rows, lambda found: self.believe(found).median)
@@ -212,8 +248,8 @@ class Beliefs:
         seen = self.seen
         kept = self._informative() if len(seen.rows) > _MOST else range(len(seen.rows))
         if self._model is None:
-            dense = abs(self._dense.get("accuracy", max(seen.accuracy)))
-            self._model = AccuracyModel(SLACK * dense or SLACK, DAMAGES, self.features.whole)
+            dense = self._dense.get("accuracy", max(seen.accuracy))
+            self._model = AccuracyModel(tolerated(dense), DAMAGES, self.features.whole, dense)
         features = over([seen.rows[i] for i in kept], self.features)
         self._model.fit(features, [seen.accuracy[i] for i in kept], [seen.sd[i] for i in kept], tune=tune)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from paretune.search.surrogate.encoding import Encoding, Floats, Levels
+from paretune.search.surrogate.encoding import Floats, Levels
+from paretune.spaces.units import Unit
 
 _REPAIR = (0.5, 1.0, 2.0)
 """Powers of the damage: whether fine-tuning repairs many small damages or few large ones better isn't known."""
@@ -37,20 +38,16 @@ class Candidates:
     """Proposes levels of one architecture.
 
     Args:
-        encoding: Of the space.
-        variant: Which architecture.
+        units: Of the architecture.
         damage: Unit by unit, what each level loses.
         saved: The same shape: what each level saves alone, as a share of each cost; shape (levels, costs) a unit.
     """
 
-    def __init__(self, encoding: Encoding, variant: str, damage: list[Floats], saved: list[Floats]) -> None:
-        self._encoding = encoding
-        self._variant = variant
+    def __init__(self, units: Sequence[Unit], damage: list[Floats], saved: list[Floats]) -> None:
         self.counts = np.array([len(curve) for curve in damage])
         most = int(self.counts.max(initial=1))
         self._damage = np.stack([np.pad(c, (0, most - len(c)), constant_values=np.inf) for c in damage])
         self._saved = np.stack([np.pad(s, ((0, most - len(s)), (0, 0))) for s in saved])
-        units = encoding.units[variant]
         techniques = np.array([unit.technique for unit in units])
         self._techniques = {str(name): np.flatnonzero(techniques == name) for name in dict.fromkeys(techniques)}
         self._members = list(self._techniques.values())
@@ -131,20 +128,17 @@ class Candidates:
         child[taken] = np.minimum(level, self.counts[taken] - 1)
 
     def uniform(self, steps: int = 9) -> Levels:
-        """The same strength everywhere: each technique alone, and pruning with each width."""
-        found = [np.zeros(len(self.counts), dtype=np.int64)]
+        """The same strength everywhere: each technique alone, and together with each width."""
+        dense = np.zeros(len(self.counts), dtype=np.int64)
+        found = [dense]
         for members in self._members:
             for strength in np.linspace(0, 1, steps)[1:]:
-                levels = found[0].copy()
+                levels = dense.copy()
                 levels[members] = np.round(strength * (self.counts[members] - 1)).astype(np.int64)
                 found.append(levels)
-        alone = list(found)
-        for first in alone:
-            for second in alone:
-                joined = np.maximum(first, second)
-                if len(found) < 200:
-                    found.append(joined)
-        return np.unique(np.stack(found), axis=0)
+        widths = [levels for levels in found if levels[self._techniques.get("quantize", [])].any()]
+        together: Levels = np.unique([*found, *(np.maximum(one, other) for one in found for other in widths)], axis=0)
+        return together
 
     def random(self, count: int, rng: np.random.Generator) -> Levels:
         """Anything, about as strong throughout as a first draw says."""

@@ -12,7 +12,7 @@ from scipy.stats import qmc
 from paretune.search.surrogate.acquisition import Improvement
 from paretune.search.surrogate.beliefs import Beliefs
 from paretune.search.surrogate.candidates import Candidates
-from paretune.search.surrogate.encoding import Encoding, Floats, Rows
+from paretune.search.surrogate.encoding import Encoding, Floats, Key, Levels, Rows
 from paretune.spaces.space import MODEL
 
 Measure = Callable[[Rows], Mapping[str, float] | None]
@@ -24,17 +24,29 @@ _FIRST = 6
 _SPREAD = (0.45, 0.7, 0.55, 0.25, 0.85, 0.35)
 """Where these are along the front that the probes foresee, from dense to cheapest."""
 
-_MEASURING = 0.1
-"""Share of the time between proposals that may go into measuring plans: where trials are short, it takes as long."""
+_JITTER = 0.05
+"""By how much these places differ from seed to seed."""
 
-_POOL, _CHILDREN, _ROUNDS, _BEST = 96, 96, 6, 24
+_MEASURING = 0.05
+"""Share of the search's time that may go into measuring plans: where trials are short, it takes as long as they."""
+
+_POOL, _CHILDREN, _ROUNDS, _BEST = 96, 96, 4, 24
 """Candidates of each kind in the first round; children in each further one; such rounds; how many go on."""
+
+_ATTEMPTS = 3
+"""How often to look for others where none of the best can be deployed."""
 
 _SURE = 0.03
 """Relative error below which a predicted cost isn't worth a measurement: the clock's own is about as large."""
 
+_NOTHING = 1e-9
+"""Share of the whole volume that counts for nothing."""
+
 _ALIKE = 0.85
 """Share of the candidates that are trained nearly as good plans were; the others in any way."""
+
+_SLIGHT, _LOOSE = 0.01, 0.3
+"""A damage that counts for nothing; and by how much, as a logarithm, damages of plans that are trained alike differ."""
 
 _TINY = 1e-12
 
@@ -62,6 +74,7 @@ class Choice:
         self.rng = rng
         self._candidates: dict[str, Candidates] = {}
         self._cheapest = np.zeros(0)
+        self._shift = rng.random(len(encoding.settings))
         self._begun = time.monotonic()
         self._spent = 0.0
 
@@ -82,57 +95,72 @@ class Choice:
             measure: Measures what plans cost; None trusts the predictions.
             measured: How many plans may be measured, at most.
         """
-        position = len(self._beliefs.seen.rows) + len(pending)
+        seen = self._beliefs.seen
+        position = len(seen.rows) + len(seen.failed) + len(pending)
         if position <= _FIRST or not self._beliefs.is_ready:
-            return self._designed(position)
+            return self._designed(position, pending)
         with self._beliefs.assuming(pending):
-            improvement, best = self._searched()
-            if measure is None:
-                return best[0].row
-            known = self._measured(best, measure, measured)
-            gains = [float(self._beliefs.gains(improvement, row)[0]) for row in known]
-            return known[int(np.argmax(gains))] if known else best[0].row
+            for _ in range(_ATTEMPTS):
+                improvement, best = self._searched()
+                if measure is None:
+                    return best[0].row
+                if known := self._measured(best, measure, measured):
+                    gains = [float(self._beliefs.gains(improvement, row)[0]) for row in known]
+                    return known[int(np.argmax(gains))]
+            return self._designed(position, pending)  # nothing that looks well can be deployed
 
     def _searched(self) -> tuple[Improvement, list[_Rated]]:
         """The best candidates, best first."""
         front = self._beliefs.front()
         pools = [self._pool(name, [row for row in front if row.variant == name]) for name in self._encoding.units]
         improvement = self._beliefs.improvement(self._cheapest)
-        best = self._rated(improvement, pools)
-        if best and best[0].gain <= _TINY:  # nothing is believed to reach what counts: go where it is nearest
-            improvement = self._beliefs.improvement(self._cheapest, anywhere=True)
-            best = self._rated(improvement, pools)
-        for _ in range(_ROUNDS):
-            best = sorted([*best, *self._rated(improvement, self._children(best))], reverse=True)[:_BEST]
-        # In a small space all plans may have been tried: then in another way, then, should it last for ever, again.
-        return improvement, best or self._rated(improvement, pools, trained_alike=True) or [
-            _Rated(0.0, pools[0].take([0]))
-        ]
 
-    def _rated(self, improvement: Improvement, pools: Sequence[Rows], *, trained_alike: bool = False) -> list[_Rated]:
+        def gains(rows: Rows) -> Floats:
+            return self._beliefs.gains(improvement, rows)
+
+        best, rate = self._rated(gains, pools), gains
+        if best and best[0].gain <= _NOTHING * improvement.whole:  # nothing is believed to reach what counts
+            best, rate = self._rated(self._beliefs.nearness, pools), self._beliefs.nearness
+        for _ in range(_ROUNDS):
+            best = self._different([*best, *self._rated(rate, self._children(best))])
+        # In a small space all plans may have been tried: then in another way, then, should it last for ever, again.
+        best = best or self._rated(rate, pools, trained_alike=True)
+        return improvement, best or [_Rated(0.0, pools[0].take([0]))]
+
+    def _rated(
+        self, rate: Callable[[Rows], Floats], pools: Sequence[Rows], *, trained_alike: bool = False
+    ) -> list[_Rated]:
         """The best of some plans that weren't tried, best first.
 
         Trained in another way the same plan would hardly add to the front, and how to train is learnt from any plan.
         """
-        found = []
+        found: list[_Rated] = []
         for rows in pools:
-            gains = self._beliefs.gains(improvement, rows)
-            own: list[_Rated] = []
+            gains = rate(rows)
+            own: dict[Key, _Rated] = {}
+            keys = self._encoding.keys(rows)
             for place in np.argsort(-gains, kind="stable"):
-                row = rows.take([place])
                 if len(own) == _BEST:
                     break
-                if not self._beliefs.seen.knows(row, trained_alike=trained_alike):
-                    own.append(_Rated(float(gains[place]), row))
-            found += own
-        return sorted(found, reverse=True)[:_BEST]
+                row = rows.take([place])
+                if keys[place] not in own and not self._beliefs.seen.knows(row, trained_alike=trained_alike):
+                    own[keys[place]] = _Rated(float(gains[place]), row)
+            found += own.values()
+        return self._different(found)
+
+    def _different(self, rated: Sequence[_Rated]) -> list[_Rated]:
+        """The best of plans that compress differently, best first."""
+        found: dict[Key, _Rated] = {}
+        for one in sorted(rated, reverse=True):
+            found.setdefault(self._encoding.keys(one.row)[0], one)
+        return list(found.values())[:_BEST]
 
     def _measured(self, best: Sequence[_Rated], measure: Measure, measured: int) -> list[Rows]:
-        """The best plans that cost differently, now known for sure; without those that can't be deployed."""
-        found: dict[tuple[str, bytes], Rows] = {}
+        """The best plans, measured as far as there is time; without those that can't be deployed."""
+        found: dict[Key, Rows] = {}
         seen, ledger = self._beliefs.seen, self._beliefs.ledger
         for row in (rated.row for rated in best):
-            [key] = row.keys()
+            [key] = self._encoding.keys(row)
             if len(found) == measured:
                 break
             if key in found or key in seen.failed:
@@ -148,7 +176,7 @@ class Choice:
             found[key] = row
         return list(found.values())
 
-    def _designed(self, position: int) -> Rows:
+    def _designed(self, position: int, pending: Sequence[Rows]) -> Rows:
         """A plan of the front that the probes foresee, the trials spread along it.
 
         Every other one has just one technique beside quantization, so that it shows how well each is repaired; and each
@@ -159,17 +187,22 @@ class Choice:
         only = structural[position // 2 % len(structural)] if position % 2 and structural else None
         without = [name for name in structural if only not in (None, name)]
         levels = candidates.traded(4 * _POOL, self.rng, sure=True, without=without)
+        levels = self._encoding.settled(MODEL, levels)
         rows = Rows(MODEL, levels, np.tile(self._spread_settings(position), (len(levels), 1)))
-        cost = self._beliefs.ledger.predict(rows)[0][:, 0]
-        wanted = cost.max() + (cost.min() - cost.max()) * _SPREAD[position % len(_SPREAD)]
-        return rows.take([int(np.abs(cost - wanted).argmin())])
+        cost = self._beliefs.costs(rows)[:, 0]
+        share = _SPREAD[position % len(_SPREAD)] + self.rng.uniform(-_JITTER, _JITTER)
+        wanted = cost.max() + (cost.min() - cost.max()) * share
+        running = {key for row in pending for key in self._encoding.keys(row)}
+        order = [rows.take([place]) for place in np.abs(cost - wanted).argsort(kind="stable")]
+        unseen = (row for row in order if not self._beliefs.seen.knows(row, trained_alike=False))
+        return next((row for row in unseen if self._encoding.keys(row)[0] not in running), order[0])
 
     def _spread_settings(self, position: int) -> Floats:
         """The middle first, then points that fill the ranges evenly (Halton, 1960); first choices throughout."""
         middle = self._encoding.default_settings()
         if position < 2 or not len(middle):
             return middle
-        point = qmc.Halton(len(middle), scramble=False).random(position + 1)[-1]
+        point = (qmc.Halton(len(middle), scramble=False).random(position + 1)[-1] + self._shift) % 1
         return np.where(self._encoding.continuous, 0.1 + 0.8 * point, middle)
 
     def _pool(self, variant: str, front: Sequence[Rows]) -> Rows:
@@ -186,7 +219,8 @@ class Choice:
                 candidates.random(_POOL // 4, rng),
             ]
         )
-        return Rows(variant, levels, self._settings(len(levels), [row.settings[0] for row in front]))
+        levels = self._encoding.settled(variant, levels)
+        return Rows(variant, levels, self._settings(variant, levels, front))
 
     def _children(self, best: Sequence[_Rated]) -> list[Rows]:
         """Children of the best plans, an architecture at a time."""
@@ -197,18 +231,29 @@ class Choice:
             levels = self._candidates[variant].mutated(parents.levels, _CHILDREN, self.rng)
             alike = self.rng.random(_CHILDREN) < 0.3  # the same plan, trained in another way
             levels[alike] = parents.levels[chosen[alike]]
-            found.append(Rows(variant, levels, self._settings(_CHILDREN, list(parents.settings[chosen]))))
+            levels = self._encoding.settled(variant, levels)
+            found.append(Rows(variant, levels, self._settings(variant, levels, [parents])))
         return found
 
-    def _settings(self, count: int, parents: Sequence[Floats]) -> Floats:
-        """How to train so many plans: mostly nearly as good ones were, else at random; shape (count, settings)."""
-        drawn = self._encoding.random_settings(count, self.rng)
-        known = np.stack([self._encoding.default_settings(), *parents])
-        near = known[self.rng.integers(len(known), size=count)]
+    def _settings(self, variant: str, levels: Levels, parents: Sequence[Rows]) -> Floats:
+        """How to train plans: mostly nearly as a good one that is about as much damaged was; shape (N, settings).
+
+        How to train best depends on nothing as much as on the damage: a learning rate that repairs a large one ruins a
+        plan with hardly any.
+        """
+        drawn = self._encoding.random_settings(len(levels), self.rng)
+        known = np.concatenate([self._encoding.default_settings()[None], *(rows.settings for rows in parents)])
+        near = np.zeros(len(levels), dtype=np.int64)
+        if parents:
+            lost = self._beliefs.features.of[variant].lost
+            of_parents = np.log(_SLIGHT + np.concatenate([lost(rows.levels).sum(1) for rows in parents]))
+            apart = np.abs(np.log(_SLIGHT + lost(levels).sum(1))[:, None] - of_parents)
+            near = 1 + (apart + self.rng.exponential(_LOOSE, apart.shape)).argmin(1)
         ranges = self._encoding.continuous
-        moved = np.clip(near + ranges * self.rng.normal(0, 0.1, near.shape), 0, 1)
-        near = np.where(ranges, moved, near)
-        return np.where(self.rng.random((count, 1)) < _ALIKE, near, drawn)
+        settings = known[near]
+        moved = np.clip(settings + ranges * self.rng.normal(0, 0.1, settings.shape), 0, 1)
+        settings = np.where(ranges, moved, settings)
+        return np.where(self.rng.random((len(levels), 1)) < _ALIKE, settings, drawn)
 
     def _look(self, variant: str) -> tuple[Candidates, Floats]:
         """What each level of an architecture saves alone, and what its strongest plan costs."""
@@ -219,7 +264,7 @@ class Choice:
             levels[start : start + count, unit] = np.arange(count)
         levels[-1] = np.array(counts) - 1
         rows = Rows(variant, levels, np.tile(self._encoding.default_settings(), (len(levels), 1)))
-        costs = self._beliefs.costs(rows)
+        costs = self._beliefs.costs(rows, known=False)  # a measured one among predicted ones would be off
         saved = (costs[:1] - costs[1:-1]) / np.maximum(np.abs(costs[:1]), _TINY)
         damage = self._beliefs.features.of[variant].damage
-        return Candidates(self._encoding, variant, damage, np.split(saved, ends[1:-1] - 1)), costs[-1]
+        return Candidates(self._encoding.units[variant], damage, np.split(saved, ends[1:-1] - 1)), costs[-1]

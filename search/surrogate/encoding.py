@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from paretune.spaces.settings import INTEGER
 from paretune.spaces.space import MODEL, SearchSpace, default_of
 from paretune.spaces.units import Unit, units_of
 
 Levels = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Key = tuple[str, bytes]
 
 SWITCHES = {"factorize": "factorize", "sparsify": "sparsify", "share": "share"}
 """Technique to the parameter that switches it on for the whole plan."""
+
+
+_INERT = Unit("", "prune", "", (0.0,))
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,6 @@ class Rows:
         levels, settings = np.concatenate([p.levels for p in parts]), np.concatenate([p.settings for p in parts])
         return replace(parts[0], levels=levels, settings=settings)
 
-    def keys(self) -> list[tuple[str, bytes]]:
-        """What is equal for plans that compress alike, however they are trained."""
-        return [(self.variant, row.tobytes()) for row in self.levels]
-
 
 class Encoding:
     """The rows of a space.
@@ -63,8 +64,10 @@ class Encoding:
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
         self._distributions = space.distributions()
-        self.units: dict[str, tuple[Unit, ...]] = {MODEL: units_of(space)}
-        self.units |= {name: units_of(variant) for name, variant in space.variants.items()}
+        spaces = {MODEL: space, **space.variants}
+        # One with nothing to choose has a unit that does nothing, so that nobody else needs to think of it.
+        self.units: dict[str, tuple[Unit, ...]] = {name: units_of(own) or (_INERT,) for name, own in spaces.items()}
+        self._exclusive = {name: list(_excluded(units)) for name, units in self.units.items()}
         of_units = {self._param(name, unit) for name, units in self.units.items() for unit in units}
         other = of_units | set(SWITCHES.values()) | {"variant"}
         self.settings: dict[str, BaseDistribution] = {
@@ -75,6 +78,28 @@ class Encoding:
     def continuous(self) -> NDArray[np.bool_]:
         """Which settings are numbers of a range."""
         return np.array([isinstance(found, FloatDistribution) for found in self.settings.values()], dtype=bool)
+
+    @property
+    def choices(self) -> NDArray[np.bool_]:
+        """Which settings are choices."""
+        return ~self.continuous
+
+    def keys(self, rows: Rows, columns: Sequence[int] | NDArray[np.bool_] | None = None) -> list[Key]:
+        """What is equal for plans that compress alike, whatever the numbers that they are trained with.
+
+        Args:
+            rows: The plans.
+            columns: The settings that tell them apart; None is all that are choices.
+        """
+        settings = rows.settings[:, self.choices if columns is None else columns].astype(np.int8)
+        return [(rows.variant, a.tobytes() + b.tobytes()) for a, b in zip(rows.levels, settings, strict=True)]
+
+    def settled(self, variant: str, levels: Levels) -> Levels:
+        """The same plans, without what the space leaves out: of two techniques that exclude each other it takes one."""
+        levels = levels.copy()
+        for stays, least, goes in self._exclusive[variant]:
+            levels[levels[:, stays] >= least, goes] = 0
+        return levels
 
     def encode(self, params: Mapping[str, Any]) -> Rows:
         """One row for the parameters of a trial; parameters without effect are read as what the plan has."""
@@ -134,6 +159,19 @@ class Encoding:
             return 0
         distances = np.abs(np.array(unit.levels) - float(params[param]))
         return int(distances.argmin())
+
+
+def _excluded(units: Sequence[Unit]) -> Iterator[tuple[int, int, int]]:
+    """A unit, its level from which on another one is left alone, and that other one: factors before zeros, and eight
+    bits and fewer before codebooks."""
+    place = {unit.param: position for position, unit in enumerate(units)}
+    for position, unit in enumerate(units):
+        if unit.technique == "sparsify" and (rank := place.get(f"rank/{unit.name}")) is not None:
+            yield rank, 1, position
+        if unit.technique == "share" and (bits := place.get(f"bits/{unit.name}")) is not None:
+            few = [level for level, width in enumerate(units[bits].levels) if width <= INTEGER]
+            if few:
+                yield bits, few[0], position
 
 
 def _count(distribution: BaseDistribution) -> int:

@@ -131,11 +131,12 @@ class _Kept:
                 shares = np.array(unit.levels) if unit.technique == "factorize" else 1 - np.array(unit.levels)
                 kept[position, : len(shares)] = shares
         self._table = np.maximum(kept, 0.01)
+        together = "pruning/ratio" if "pruning/ratio" in place else "pruning/threshold"
         self._layers = [
             [
                 place[param]
                 for group in ([layer.output] if layer.output else []) + list(layer.inputs[:1])
-                if (param := f"prune/{group}") in place
+                if (param := f"prune/{group}" if f"prune/{group}" in place else together) in place
             ]
             + ([place[f"rank/{layer.name}"]] if f"rank/{layer.name}" in place else [])
             for layer in layers
@@ -179,7 +180,7 @@ def _strength(unit: Unit) -> Floats:
     levels = np.array(unit.levels)
     if unit.technique in ("quantize", "share"):
         return np.linspace(0, 1, len(levels))
-    strength: Floats = np.abs(levels - levels[0]) / abs(levels[-1] - levels[0])
+    strength: Floats = np.abs(levels - levels[0]) / max(abs(levels[-1] - levels[0]), 1e-12)
     return strength
 
 

@@ -200,12 +200,12 @@ def _designed(
     settings = encoding.default_settings()[None]
     for levels in _corners(units):
         row = Rows(variant, levels[None], settings)
-        found.setdefault(row.keys()[0], row)
+        found.setdefault(encoding.keys(row, [])[0], row)
     for _ in range(_DRAWS * most):
         if len(found) >= most:
             break
         row = Rows(variant, _mix(units, rng)[None], encoding.random_settings(1, rng))
-        found.setdefault(row.keys()[0], row)
+        found.setdefault(encoding.keys(row, [])[0], row)
     return list(found.values())[:most]
 
 

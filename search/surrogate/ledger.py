@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+from paretune.search.job_types import direction
 from paretune.search.surrogate.costs import CostModel
-from paretune.search.surrogate.encoding import Encoding, Floats, Rows
+from paretune.search.surrogate.encoding import Encoding, Floats, Key, Rows
 from paretune.search.surrogate.knowledge import Architecture, Knowledge
 from paretune.spaces.space import MODEL
 
 _COSTLY = frozenset({"method", "pattern", "activations", "granularity", "affine"})
 """Settings of the whole plan on which its costs depend."""
+
+
+_MOST = 400
+"""Plans that a cost model learns from, the latest: what it takes grows with their cube."""
+
+V = TypeVar("V", float, Floats)
 
 
 class Ledger:
@@ -31,7 +39,7 @@ class Ledger:
         self._columns = [i for i, name in enumerate(encoding.settings) if name in _COSTLY]
         self._rows: dict[str, Rows] = {}
         self._values: dict[str, list[dict[str, float]]] = {}
-        self._place: dict[tuple[str, bytes], int] = {}
+        self._place: dict[Key, int] = {}
         self._models: dict[tuple[str, str], CostModel] = {}
         self._stale = set(encoding.units)
         self.predicted: list[tuple[float, float]] = []
@@ -42,7 +50,7 @@ class Ledger:
 
     def note(self, row: Rows, values: Mapping[str, float]) -> None:
         """Learn what a single plan was measured to cost; what it was measured to before is forgotten."""
-        known = {name: float(values[name]) for name in self.names if values.get(name, 0) > 0}
+        known = {name: _cost(name, float(values[name])) for name in self.names if values.get(name, 0) > 0}
         if not known:
             return
         [key], variant = self._keys(row), row.variant
@@ -67,25 +75,34 @@ class Ledger:
             architecture = self._knowledge.architectures.get(variant, Architecture(()))
             for name in self.names:
                 values = [found.get(name) for found in self._values.get(variant, [])]
-                known = [i for i, value in enumerate(values) if value is not None]
-                dense = self._knowledge.dense.get(name) if variant == MODEL else None
-                model = CostModel(self._encoding.units[variant], architecture, quantity=name, dense=dense)
+                known = [i for i, value in enumerate(values) if value is not None][-_MOST:]
+                dense = self._knowledge.dense.get(name) if variant == MODEL or not known else None
+                dense = _cost(name, dense) if dense else None
+                quantity = name if direction(name) == "minimize" else "latency_ms"
+                model = CostModel(self._encoding.units[variant], architecture, quantity=quantity, dense=dense)
                 if known:
                     rows = self._rows[variant].take(known)
                     model.fit(rows.levels, self._extra(rows), np.array([values[i] for i in known], dtype=np.float64))
                 self._models[variant, name] = model
         self._stale.clear()
 
-    def predict(self, rows: Rows) -> tuple[Floats, Floats]:
-        """Values and the relative error of each, both of shape (N, names); no error where it was measured."""
+    def predict(self, rows: Rows, *, known: bool = True) -> tuple[Floats, Floats]:
+        """Values and the relative error of each, both of shape (N, names).
+
+        Args:
+            rows: The plans.
+            known: Take what was measured, without an error, where it was; else all are predicted.
+        """
         means, errors = zip(*(self._model_of(rows, name) for name in self.names), strict=True)
         values, error = np.exp(np.stack(means, 1)), np.stack(errors, 1)
         for position, key in enumerate(self._keys(rows)):
-            if key in self._place:
-                known = self._values[rows.variant][self._place[key]]
+            if known and key in self._place:
+                measured = self._values[rows.variant][self._place[key]]
                 for column, name in enumerate(self.names):
-                    if name in known:
-                        values[position, column], error[position, column] = known[name], 0.0
+                    if name in measured:
+                        values[position, column], error[position, column] = measured[name], 0.0
+        for column, name in enumerate(self.names):
+            values[:, column] = _cost(name, values[:, column])
         return values, error
 
     def _model_of(self, rows: Rows, name: str) -> tuple[Floats, Floats]:
@@ -97,7 +114,10 @@ class Ledger:
         kept[:, self._columns] = rows.settings[:, self._columns]
         return self._encoding.one_hot(kept)
 
-    def _keys(self, rows: Rows) -> list[tuple[str, bytes]]:
-        settings = rows.settings[:, self._columns].astype(np.int8)
-        whole = zip(rows.keys(), settings, strict=True)
-        return [(variant, levels + chosen.tobytes()) for (variant, levels), chosen in whole]
+    def _keys(self, rows: Rows) -> list[Key]:
+        return self._encoding.keys(rows, self._columns)
+
+
+def _cost(name: str, value: V) -> V:
+    """What grows with the work: of what is the better the larger it is, as a throughput, the reciprocal; and back."""
+    return value if direction(name) == "minimize" else 1 / value

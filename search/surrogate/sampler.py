@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from paretune.search.job_types import Constraint
 from paretune.search.surrogate.beliefs import Beliefs
 from paretune.search.surrogate.choice import Choice
+from paretune.search.surrogate.costs import CostErrors, cost_errors
 from paretune.search.surrogate.encoding import Encoding, Rows
 from paretune.search.surrogate.knowledge import Knowledge
 from paretune.spaces.plan import CompressionPlan
@@ -22,9 +23,12 @@ from paretune.spaces.space import SearchSpace
 Measure = Callable[[CompressionPlan], Mapping[str, float] | None]
 """Deploys a plan untrained and tells what it costs, named as objectives are; None where it can't be deployed."""
 
-Results = Callable[[FrozenTrial], tuple[Mapping[str, float], tuple[float, float] | None]]
-"""What is known of an ended trial beyond its values: costs by name, and the mean and standard deviation of the accuracy
-that a stopped one would have reached."""
+Expected = tuple[float, float]
+"""Mean and standard deviation of an accuracy."""
+
+Results = Callable[[FrozenTrial], tuple[Mapping[str, float], Expected | None] | None]
+"""What is known of an ended trial beyond its values: costs by name, and the accuracy that a stopped one would have
+reached. None where the trial was lost through no fault of its plan."""
 
 
 class FrontSampler(BaseSampler):
@@ -109,22 +113,30 @@ class FrontSampler(BaseSampler):
         self._observe(trial, state, values)
         self._learn()
 
+    def latency_errors(self) -> CostErrors | None:
+        """How far off latencies were, each predicted before its plan was measured; None for none."""
+        pairs = self._beliefs.ledger.predicted
+        return cost_errors(*zip(*pairs, strict=True)) if pairs else None
+
     def _observe(self, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Take in a trial that ended; one that was killed before its last parameter was drawn says nothing."""
         self._observed.add(trial.number)
         if not trial.params.keys() >= self._distributions.keys():
             return
-        self._is_stale = True
+        known = self._results(trial) if self._results else ({}, None)
+        if known is None:
+            return
+        costs, expected = known
         row = self._encoding.encode(trial.params)
-        costs, expected = self._results(trial) if self._results else ({}, None)
+        self._is_stale = True
         told = dict(zip(self._objectives, values, strict=True)) if state == TrialState.COMPLETE and values else {}
         self._beliefs.ledger.note(row, {**costs, **told})
         if told:
             self._beliefs.seen.take(row, told["accuracy"], 0.0)
         elif state == TrialState.PRUNED and expected:
             self._beliefs.seen.take(row, *expected)
-        elif state == TrialState.FAIL:
-            self._beliefs.seen.failed.update(row.keys())
+        else:  # failed, or ended before its accuracy could be foreseen
+            self._beliefs.seen.failed.update(self._encoding.keys(row))
 
     def _learn(self) -> None:
         if self._is_stale:

@@ -58,7 +58,7 @@ HOPELESS, PROMISING = rungs(0.2, 0.5), rungs(0.85, 0.91)
 def test_a_trial_is_judged_at_its_cost(latency: float, shown: tuple[Rung, ...], reason: str) -> None:
     rule = taught()
     assert rule.verdict(1, outline(latency), shown) == reason
-    assert rule.should_stop(1, outline(latency), shown) is bool(reason)
+    assert bool(rule.verdict(1, outline(latency), shown)) is bool(reason)
 
 
 def test_few_curves_stop_nothing() -> None:
@@ -238,7 +238,7 @@ class Search:
             found = metrics(score(quantized), latency * math.exp(rng.normal(0, 0.008)), half_width=0.01)
             known = outline(latency * math.exp(rng.normal(0, 0.015)), half_width=0.015)
             shown = rungs(*(score(final - (final - start) * (1 - share) ** speed) for share in (0.25, 0.5)))
-            stops = any(rule.should_stop(number, known, shown[:count]) for count in (1, 2))
+            stops = any(rule.verdict(number, known, shown[:count]) for count in (1, 2))
             joins = not any(dominates(other, found, OBJECTIVES) for other in finished)
             self.joined, self.lost = self.joined + joins, self.lost + (joins and stops)
             self.hopeless, self.stopped = self.hopeless + (not joins), self.stopped + (stops and not joins)

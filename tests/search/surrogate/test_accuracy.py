@@ -25,7 +25,7 @@ def problem(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def learnt(count: int) -> tuple[Belief, np.ndarray]:
     features, accuracy = problem(count + 200, seed=1)
-    model = AccuracyModel(TOLERATED, damages=3, whole=4)
+    model = AccuracyModel(TOLERATED, damages=3, whole=4, dense=0.92)
     model.fit(features[:count], accuracy[:count], np.zeros(count), tune=True)
     return model.believe(features[count:]), accuracy[count:]
 
@@ -52,7 +52,8 @@ def test_an_extrapolated_accuracy_counts_less_than_a_measured_one() -> None:
         model = AccuracyModel(TOLERATED, damages=3, whole=4)
         model.fit(features, wrong, np.array([sd, *[0.0] * 19]), tune=True)
         believed.append(float(model.believe(features[:1]).median[0]))
-    assert believed[1] > believed[0] + 0.02
+    trusted, doubted = (abs(value - accuracy[0]) for value in believed)
+    assert doubted < trusted / 3
 
 
 def test_expected_improvement_is_that_of_draws() -> None:
@@ -72,4 +73,4 @@ def test_a_few_trials_settle_what_each_technique_leaves() -> None:
     repair = Repair(TOLERATED, 3)
     before = np.abs(np.exp(repair(damages)) - gap).mean()
     repair.fit(damages, np.log(gap), np.zeros(12))
-    assert np.abs(np.exp(repair(damages)) - gap).mean() < 0.25 * before
+    assert np.abs(np.exp(repair(damages)) - gap).mean() < 0.4 * before

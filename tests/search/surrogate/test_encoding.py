@@ -64,6 +64,6 @@ def test_a_technique_that_is_switched_off_is_at_its_first_level() -> None:
 def test_settings_are_scaled_and_choices_one_hot() -> None:
     middle = ENCODING.default_settings()
     assert list(ENCODING.settings) == ["importance", "distill/temperature", "distill/weight", "finetune/learning_rate"]
-    assert middle == pytest.approx([0, 0.5, 0.5, 0.5])
+    assert middle == pytest.approx([0, (8**0.5 - 1) / 7, 0.5, 0.5])  # as `default_of` has them
     assert ENCODING.one_hot(np.array([[1, 0.2, 0.3, 0.4]])) == pytest.approx(np.array([[1, 0.2, 0.3, 0.4]]))
     assert list(ENCODING.continuous) == [False, True, True, True]

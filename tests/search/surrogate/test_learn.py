@@ -13,6 +13,7 @@ import pytest
 from paretune.errors import JobError, TrialError
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.latency import Protocol
 from paretune.objectives.problem import Problem
 from paretune.search.job import Job, load_job
 from paretune.search.problem import BASELINE, load_problem
@@ -124,7 +125,7 @@ def test_variants_are_learnt_of_too(known: Known, knowledge: Knowledge, tiny: Ti
 def test_what_a_disturbed_machine_said_is_measured_again(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def disturbed(self: Evaluator, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+    def disturbed(self: Evaluator, plan: CompressionPlan, *, seed: int, protocol: Protocol) -> dict[str, float]:
         asked.append(plan.hash)
         dense = known.baseline.measurement.to_dict()["latency_ms"]
         eight = sum(width == 8 for width in plan.quantize.bits.values()) / 3
@@ -144,10 +145,10 @@ def test_a_plan_that_fails_is_left_out_with_a_word(known: Known, monkeypatch: py
     outline = Evaluator.outline
     faults: list[Exception] = [TrialError("another width"), AssertionError("whatever a runtime raises")]
 
-    def failing(self: Evaluator, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+    def failing(self: Evaluator, plan: CompressionPlan, *, seed: int, protocol: Protocol) -> dict[str, float]:
         if faults:
             raise faults.pop()
-        return outline(self, plan, seed=seed)
+        return outline(self, plan, seed=seed, protocol=protocol)
 
     monkeypatch.setattr(Evaluator, "outline", failing)
     found: list[str] = []
@@ -160,7 +161,7 @@ def test_a_plan_that_fails_is_left_out_with_a_word(known: Known, monkeypatch: py
         learn(*known._replace(space=bare), found.append, outlines=3)
 
 
-def _raises_job_error(self: Evaluator, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+def _raises_job_error(self: Evaluator, plan: CompressionPlan, *, seed: int, protocol: Protocol) -> dict[str, float]:
     raise JobError("the job", "must be right", "wrong", "mend it")
 
 
