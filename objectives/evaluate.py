@@ -34,6 +34,9 @@ from paretune.objectives.watching import SAMPLES, Ended, Watching
 from paretune.spaces.analysis import count_macs
 from paretune.spaces.plan import CompressionPlan
 
+_SCORED, _LEAST_SAMPLES = 1 / 8, 128
+"""Samples that a rung is scored on, as a share of those that a whole training sees; and their least number."""
+
 EARLY = Protocol(warmup_seconds=0.05, min_calls=30, max_calls=30)
 """Latency before the training: enough to know where a plan stands, and quick."""
 
@@ -107,10 +110,10 @@ class Evaluator:
         batches = self._problem.splits.train.batches(options.batch_size, shuffle_seed=0)
         return [batch for batch, _ in zip(batches, range(options.calibration_batches), strict=False)]
 
-    @cached_property
     def _samples(self) -> list[Batch]:
-        """What rungs are scored on."""
-        return validation_batches(self._problem, SAMPLES)
+        """What a rung is scored on: few samples where the training sees few itself."""
+        trained = self._problem.training.epochs * len(self._problem.splits.train)
+        return validation_batches(self._problem, min(SAMPLES, max(_LEAST_SAMPLES, round(_SCORED * trained))))
 
     def evaluate(
         self,
@@ -148,7 +151,7 @@ class Evaluator:
         check_rungs(rungs)
         watch = Stopwatch()
         metric, step_aside = self._problem.task.metric, self._device.step_aside
-        watching = Watching(watcher, rungs, lambda: self._samples, metric, watch, step_aside)
+        watching = Watching(watcher, rungs, self._samples, metric, watch, step_aside)
         torch.manual_seed(seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:

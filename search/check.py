@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from paretune.objectives.artifact import WEIGHTS
 from paretune.objectives.baseline import Baseline, make_baseline
 from paretune.objectives.finetune import Training, fit
 from paretune.objectives.problem import Problem
@@ -124,7 +125,8 @@ def _estimate(job: Job, problem: Problem, baseline: Baseline, deploy_seconds: fl
         torch.set_num_threads(threads)
     share = problem.training.quantized_share if job.space.quantize else 0.0
     trial = total * seconds / 3 * (1 + share * (_QUANTIZED_COST - 1)) + deploy_seconds
-    size = sum(path.stat().st_size for path in baseline.folder.iterdir())
+    # A trial's artifact has a checkpoint beside it, about as large as its weights.
+    size = sum(path.stat().st_size for path in baseline.folder.iterdir()) + (baseline.folder / WEIGHTS).stat().st_size
     trials = job.search.trials or round(workers * (job.search.timeout or 0) / trial)
     return Estimate(trial, trials * trial / workers, size, trials * size)
 

@@ -38,8 +38,14 @@ def verify_front(
     requests = [_longer(run, row, job.search.seed, epochs, trained[row.number]) for row in members]
     # As for a training from the beginning: what is resumed goes on from within its first one.
     deadline = job.search.trial_timeout * max(1.0, epochs / job.finetune.epochs)
-    for outcome in _run_all(executor, requests, deadline):
-        row = next(row for row in members if row.number == outcome.number)
+    outcomes = {outcome.number: outcome for outcome in _run_all(executor, requests, deadline)}
+    refused = [row for row in members if trained[row.number] and outcomes[row.number].error]
+    for row in refused:
+        report(f"trial {row.number}: begins anew, as it couldn't be trained on: {outcomes[row.number].error}")
+    anew = [_longer(run, row, job.search.seed, epochs, 0.0) for row in refused]
+    outcomes |= {outcome.number: outcome for outcome in _run_all(executor, anew, deadline)}
+    for row in members:
+        outcome = outcomes[row.number]
         if outcome.error:
             report(f"trial {row.number}: longer training failed, its artifact stays: {outcome.error}")
         elif outcome.result.measurement.main.accuracy >= row.measurement.main.accuracy:

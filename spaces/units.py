@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,4 +69,5 @@ def _all(space: SearchSpace) -> Iterator[Unit]:
 
 
 def _steps(most: float) -> tuple[float, ...]:
-    return tuple(min(most, round(most * step / _STEPS, 6)) for step in range(_STEPS + 1))
+    # Six digits, as a plan has them, and rounded down: a rounded third may lie beyond the end of its range.
+    return tuple(math.floor(most * step / _STEPS * 1e6 + 1e-3) / 1e6 for step in range(_STEPS + 1))

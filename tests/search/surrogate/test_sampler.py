@@ -220,3 +220,64 @@ def test_variants_are_searched_too() -> None:
 def test_a_foreign_parameter_is_refused() -> None:
     with pytest.raises(KeyError, match="'other' isn't a parameter of the space"):
         new_study(make()).ask().suggest_float("other", 0, 1)
+
+
+def test_what_broke_a_bound_is_not_proposed_again() -> None:
+    study = new_study(make(constraints=[Constraint.model_validate("latency_ms <= 0.6")]))
+    proposed = []
+    for _ in range(14):
+        trial = study.ask(SPACE.distributions())
+        plan = SPACE.to_plan(trial.params)
+        proposed.append((tuple(plan.prune.ratios.items()), tuple(plan.quantize.bits.items())))
+        if outline(plan)["latency_ms"] > 0.6:  # as it is stopped before its training, with nothing to expect
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, [accuracy(plan), outline(plan)["latency_ms"]])
+    assert len(set(proposed)) == len(proposed)
+
+
+def test_many_workers_get_different_plans_from_the_start() -> None:
+    study = new_study(make())
+    plans = [SPACE.to_plan(study.ask(SPACE.distributions()).params) for _ in range(10)]
+    assert len({(tuple(plan.prune.ratios.items()), tuple(plan.quantize.bits.items())) for plan in plans}) == 10
+
+
+def test_a_throughput_is_better_the_larger_it_is() -> None:
+    objectives = ("accuracy", "throughput_per_s")
+    study = optuna.create_study(directions=["maximize", "maximize"], sampler=make(objectives=objectives))
+    for _ in range(12):
+        trial = study.ask(SPACE.distributions())
+        plan = SPACE.to_plan(trial.params)
+        study.tell(trial, [accuracy(plan), 1 / outline(plan)["latency_ms"]])
+    assert max(trial.values[1] for trial in study.trials) > 2
+
+
+def test_a_model_with_nothing_to_choose_beside_a_variant() -> None:
+    space = SearchSpace({}, {}, variants={"small": SearchSpace({"g": [8, 16, 24, 32]}, {"s": (32, 8)})})
+    study = new_study(FrontSampler(space, seed=0))
+    for _ in range(10):
+        trial = study.ask(space.distributions())
+        plan = space.to_plan(trial.params)
+        study.tell(trial, [0.9 - 0.1 * len(plan.prune.ratios), 0.5 if plan.variant else 1.0])
+    assert {space.to_plan(trial.params).variant for trial in study.trials} == {None, "small"}
+
+
+@pytest.mark.parametrize("scope", ["global", "threshold"])
+def test_one_ratio_for_the_whole_model(scope: Any) -> None:
+    space = SearchSpace({}, {}, Options(scope=scope, max_ratio=2 / 3))
+    study = new_study(FrontSampler(space, seed=0))
+    for _ in range(10):
+        trial = study.ask(space.distributions())
+        plan = space.to_plan(trial.params)
+        strength = plan.prune.ratio or plan.prune.threshold or 0.0
+        study.tell(trial, [0.9 - strength**2 / 10, 1 - strength / 2])
+    assert len({trial.values[1] for trial in study.trials}) > 4
+
+
+def test_latencies_are_foreseen_before_they_are_measured() -> None:
+    sampler = make()
+    searched(sampler, 15)
+    errors = sampler.latency_errors()
+    assert errors is not None
+    assert errors.plans >= 10
+    assert errors.mape < 0.2
