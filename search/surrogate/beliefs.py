@@ -78,7 +78,7 @@ class Beliefs:
     Args:
         encoding: Of the space.
         knowledge: What was known before the first trial.
-        objectives: ``accuracy`` and one to three more, a cost among them.
+        objectives: ``accuracy`` and one to three more.
         constraints: Bounds.
     """
 
@@ -91,7 +91,8 @@ class Beliefs:
         # The accuracies on further targets follow that on the first.
         alike = {"name": "accuracy"}
         self._constraints = tuple(c.model_copy(update=alike) if _is_accuracy(c.name) else c for c in constraints)
-        self._costs = tuple(name for name in objectives if not _is_accuracy(name))
+        # Where accuracies alone are wanted, a smaller model counts as the better one of two.
+        self._costs = tuple(name for name in objectives if not _is_accuracy(name)) or ("params",)
         self._bounds = tuple(c for c in self._constraints if not _is_accuracy(c.name) and c.name not in self._costs)
         names = dict.fromkeys([*self._costs, *(bound.name for bound in self._bounds)])
         self.ledger = Ledger(encoding, knowledge, list(names))

@@ -10,6 +10,7 @@ import pytest
 
 from paretune.errors import JobError, SearchError, TrialError
 from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.latency import Protocol
 from paretune.objectives.measurement import Measurement
 from paretune.search.job import Job, make_job
 from paretune.search.techniques import GAIN, Executes, Tried, restrict, try_techniques, wanted
@@ -43,7 +44,7 @@ class Outlines:
         self._without = without
         self.plans: list[CompressionPlan] = []
 
-    def outline(self, plan: CompressionPlan, *, seed: int) -> dict[str, float]:
+    def outline(self, plan: CompressionPlan, *, seed: int, protocol: Protocol) -> dict[str, float]:
         left = self._left(plan) if plan != self._without else {}
         if plan != self._without:
             self.plans.append(plan)

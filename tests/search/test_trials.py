@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paretune.objectives.device import Device
 from paretune.objectives.measurement import Record
 from paretune.objectives.progress import Stopped
 from paretune.search.executor import Executor, Outcome, Progress
@@ -88,9 +89,9 @@ def play(tiny: TinyJob, tmp_path: Path, trials: Sequence[Record | Stopped], **mo
     study = new_study(folder, bound=more.pop("bound", ""))
     for _ in range(len(trials) - 1):
         study.enqueue(SPACE.sweep(1), "uniform")
-    study.enqueue(SPACE.sweep(2), more.pop("source", "uniform"))
+    study.enqueue(SPACE.sweep(1), more.pop("source", "uniform"))
     executor, lines = Played(trials, **more), list[str]()
-    assert run_trials(job, folder, study, executor, "accuracy", lines.append) == len(trials)
+    assert run_trials(job, folder, study, executor, "accuracy", Device("cpu"), lines.append) == len(trials)
     return Run(folder, study, executor, lines)
 
 
@@ -149,9 +150,10 @@ def test_a_broken_bound_ends_a_trial_before_its_training(tiny: TinyJob, tmp_path
 
 def test_a_search_that_goes_on_knows_what_it_knew(tiny: TinyJob, tmp_path: Path) -> None:
     played = play(tiny, tmp_path, finished(7))
-    played.study.enqueue(SPACE.sweep(2), "uniform")
+    played.study.enqueue(SPACE.sweep(1), "uniform")
     executor, lines = Played([HOPELESS]), list[str]()
     job: Job = tiny(tmp_path, search={"trials": 8})
-    assert run_trials(job, played.folder, played.study, executor, "accuracy", lines.append) == 1
+    arguments = (job, played.folder, played.study, executor, "accuracy", Device("cpu"), lines.append)
+    assert run_trials(*arguments) == 1
     assert executor.stops == [7]
-    assert run_trials(job, played.folder, played.study, executor, "accuracy", lines.append) == 0, "a stopped one counts"
+    assert run_trials(*arguments) == 0, "a stopped one counts"
