@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import ThreadpoolController
 
 from paretune.search.job_types import Constraint
 from paretune.search.surrogate.beliefs import Beliefs
@@ -76,6 +77,7 @@ class FrontSampler(BaseSampler):
         self._results = results
         self._observed: set[int] = set()
         self._is_stale = True
+        self._threads = ThreadpoolController()
 
     def reseed_rng(self) -> None:
         """Draw other random numbers than another process with the same seed."""
@@ -101,6 +103,10 @@ class FrontSampler(BaseSampler):
         for found in trials:
             if found.state.is_finished() and found.number not in self._observed:
                 self._observe(found, found.state, found.values)
+        with self._threads.limit(limits=1, user_api="blas"):  # matrices are small, and workers train on the cores
+            return self._chosen(trials)
+
+    def _chosen(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         self._learn()
         running = (found.params for found in trials if found.state == TrialState.RUNNING)
         pending = [self._encoding.encode(params) for params in running if params.keys() >= self._distributions.keys()]
@@ -111,7 +117,8 @@ class FrontSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Learn from a trial when it is told, so that no time is lost when the next one is asked for."""
         self._observe(trial, state, values)
-        self._learn()
+        with self._threads.limit(limits=1, user_api="blas"):
+            self._learn()
 
     def latency_errors(self) -> CostErrors | None:
         """How far off latencies were, each predicted before its plan was measured; None for none."""
