@@ -61,7 +61,7 @@ def test_a_trial_tells_how_far_it_is_and_stays_the_same(evaluator: Evaluator, tm
     record = evaluator.evaluate(PLAN, tmp_path / "seen", seed=0, epochs=1, rungs=(0.25, 0.5, 0.9), watcher=watcher)
     assert isinstance(record, Record)
     assert watcher.told == ["outline", "rung", "rung", "rung"]
-    assert watcher.questions == 1 + 16, "before the training, and after each step"
+    assert watcher.questions == 1 + 15, "before the training, and after each step but the last"
     assert [rung.share for rung in watcher.rungs] == [0.25, 0.5, 0.9]
     assert {rung.samples for rung in watcher.rungs} == {len(evaluator._problem.splits.validation)}
     assert all(0.5 < rung.accuracy <= 1 for rung in watcher.rungs)
