@@ -150,3 +150,14 @@ def release_memory() -> None:
     """Give back what PyTorch's allocator keeps of GPUs but doesn't use: other processes wait for it."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
         torch.cuda.empty_cache()
+
+
+def gpu_is_broken() -> bool:
+    """Whether a failure left CUDA unusable in this process, as an illegal access or a broken capture does."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return bool(torch.cuda.current_stream() != torch.cuda.default_stream())

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file as load_arrays
@@ -33,7 +33,7 @@ from paretune.objectives.measurement import Measurement
 from paretune.objectives.packing import PACKED, unpack
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LoadOptions, Runtime, Session, Target, get_runtime
-from paretune.objectives.runtimes.base import Array
+from paretune.objectives.runtimes.base import Array, Arrays
 from paretune.spaces.plan import CompressionPlan
 
 SCHEMA = 2
@@ -137,11 +137,24 @@ class Card:
         return {"": self.main, **self.others}
 
 
+class Loaded(NamedTuple):
+    """What a runtime made of a model file: its settings, outputs for the target's batch of inputs, and where it was."""
+
+    settings: Mapping[str, str | int | bool]
+    outputs: Array
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, session: Session, inputs: Arrays) -> Loaded:
+        """Run a session once."""
+        return cls(dict(session.settings), session.run(inputs), environment())
+
+
 def save_artifact(
     folder: Path,
     module: nn.Module,
     plan: CompressionPlan,
-    sessions: Mapping[str, Session],
+    loaded: Mapping[str, Loaded],
     problem: Problem,
     *,
     float_bits: Mapping[str, int],
@@ -153,7 +166,7 @@ def save_artifact(
         folder: Holds the model file of each target.
         module: What was deployed.
         plan: How it was made.
-        sessions: Target's name to the model, loaded to be measured.
+        loaded: Target's name to what its runtime made of the model file.
         problem: Gives the targets and the probe's inputs.
         float_bits: Target's name to the width of all that isn't quantized.
         validation: Its measurement.
@@ -161,14 +174,14 @@ def save_artifact(
     (folder / PLAN).write_text(plan.to_json() + "\n")
     save_model(module, str(folder / WEIGHTS))  # shared tensors are stored once
     inputs = problem.batch(problem.target.batch_size)
-    save_arrays({**inputs, _OUTPUT: sessions[""].run(inputs)}, folder / PROBE)
+    save_arrays({**inputs, _OUTPUT: loaded[""].outputs}, folder / PROBE)
     deployed = {
         name: Deployed(
             target=site.target,
             model=site.model,
             float_bits=float_bits[name],
             float_format=site.capabilities.float_formats[float_bits[name]],
-            settings=dict(sessions[name].settings),
+            settings=dict(loaded[name].settings),
         )
         for name, site in problem.sites.items()
     }
@@ -179,7 +192,7 @@ def save_artifact(
         others=deployed,
         schemes=problem.schemes,
         metrics={"validation": validation.to_dict()},
-        environment=environment(),
+        environment=dict(loaded[""].environment),
         plan_hash=plan.hash,
         files={name: sha256(folder / name) for name in files},
     )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from paretune.errors import JobError
-from paretune.objectives.artifact import Card, load_session, replace_folder, save_artifact
+from paretune.objectives.artifact import Card, Loaded, load_session, replace_folder, save_artifact
 from paretune.objectives.compress import compress_numerics
 from paretune.objectives.compress.quantization import fits
 from paretune.objectives.data.inputs import call
@@ -108,8 +108,11 @@ def make_baseline(problem: Problem, analysis: Analysis, folder: Path, *, float_b
                 best[name], on[name] = _best_format(problem, site, work, scores)
         measurement = Measurement(on, analysis.params, analysis.macs)
         with device.exclusive():
-            sessions = {name: site.load(work, best[name]) for name, site in problem.sites.items()}
-        save_artifact(work, module, plan, sessions, problem, float_bits=best, validation=measurement)
+            loaded = {
+                name: Loaded.of(site.load(work, best[name]), problem.batch(site.target.batch_size))
+                for name, site in problem.sites.items()
+            }
+        save_artifact(work, module, plan, loaded, problem, float_bits=best, validation=measurement)
         replace_folder(work, folder)
     return Baseline(folder)
 

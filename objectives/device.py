@@ -63,22 +63,30 @@ class Device:
             self._enter()
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Measure on the device, alone."""
+    def aside(self) -> Iterator[None]:
+        """Wait for somebody else's work without holding the device."""
         reading = self._reading
         if reading:
             self._leave()
         try:
-            for gate, lock in self._locks:
-                fcntl.flock(gate, fcntl.LOCK_EX)
-                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
-            for gate, lock in self._locks:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                fcntl.flock(gate, fcntl.LOCK_UN)
             if reading:
                 self._enter()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Measure on the device, alone."""
+        with self.aside():
+            try:
+                for gate, lock in self._locks:
+                    fcntl.flock(gate, fcntl.LOCK_EX)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+            finally:
+                for gate, lock in self._locks:
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    fcntl.flock(gate, fcntl.LOCK_UN)
 
     def _enter(self) -> None:
         for gate, lock in self._locks:
@@ -96,6 +104,13 @@ class Device:
 def is_cuda(name: str) -> bool:
     """Whether a device's name means a GPU of CUDA: ``"cuda"`` or ``"cuda:1"``, in small letters as in PyTorch."""
     return re.fullmatch(r"cuda(:\d+)?", name) is not None
+
+
+def is_here(name: str) -> bool:
+    """Whether this machine has the device, as far as PyTorch sees."""
+    import torch
+
+    return not is_cuda(name) or (torch.device(name).index or 0) < torch.cuda.device_count()
 
 
 def gpu_uuid(name: str) -> str:

@@ -15,7 +15,7 @@ from paretune.errors import TrialError
 from paretune.objectives.accelerator import release_memory, training_device
 from paretune.objectives.artifact import replace_folder, save_artifact
 from paretune.objectives.baseline import Baseline
-from paretune.objectives.bench import Bench, Early
+from paretune.objectives.bench import Bench, Early, LocalBench
 from paretune.objectives.checkpoint import Checkpoint
 from paretune.objectives.compress import compress_numerics, compress_structure, resolve_plan
 from paretune.objectives.course import train
@@ -24,10 +24,11 @@ from paretune.objectives.data.splits import Batch, Splits
 from paretune.objectives.distillation import Ensemble, Hints, Teacher
 from paretune.objectives.finetune import Training, TrainingReport
 from paretune.objectives.latency import Protocol
-from paretune.objectives.measurement import Measurement, Record
+from paretune.objectives.measurement import Measurement, Record, by_speedup
 from paretune.objectives.problem import Problem
 from paretune.objectives.progress import Stopped, Watcher, check_rungs
 from paretune.objectives.sensitivity import validation_batches
+from paretune.objectives.site import Wanted, wanted_widths
 from paretune.objectives.stopwatch import Stopwatch
 from paretune.objectives.verify import Verified, verify
 from paretune.objectives.watching import SAMPLES, Ended, Watching
@@ -74,13 +75,14 @@ class Evaluator:
     Args:
         problem: Model, data, task, targets.
         baseline: The dense model's artifact, already measured.
+        bench: Measures artifacts; None does so in this process.
     """
 
-    def __init__(self, problem: Problem, baseline: Baseline) -> None:
+    def __init__(self, problem: Problem, baseline: Baseline, bench: Bench | None = None) -> None:
         self._problem = problem
         self._baseline = baseline
         self._device = problem.device()
-        self._bench = Bench(problem, baseline, self._device)
+        self._bench = bench or LocalBench(problem, baseline, self._device)
 
     @cached_property
     def _teacher(self) -> Teacher:
@@ -158,7 +160,6 @@ class Evaluator:
             with TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as made, self._device.shared():
                 work = Path(made) / "artifact"
                 work.mkdir()
-                self._bench.load_baselines()
                 trial = self._begin(plan, seed, epochs, work, watch, resume)
                 record = self._carry_out(trial, watching)
                 replace_folder(work, folder)
@@ -183,14 +184,19 @@ class Evaluator:
         """
         torch.manual_seed(seed)
         with TemporaryDirectory(prefix="paretune-outline-") as made, self._device.shared():
-            self._bench.load_baselines()
             trial = self._begin(plan, seed, 0, Path(made), Stopwatch())
             model, params, macs = self._compress(trial)
             early = self._measure_early(trial, model, protocol)
         return self._outline(early, params, macs)
 
     def _outline(self, early: Mapping[str, Early], params: int, macs: int) -> dict[str, float]:
-        return {"params": params, "macs": macs, **self._bench.outline(early)}
+        """Latencies with their upper ends, and sizes, named as in a measurement."""
+        found: dict[str, float] = {"params": params, "macs": macs}
+        for name, (latency, size) in early.items():
+            suffix, expected = f"@{name}" if name else "", self._baseline.measurement.on[name].latency_ms
+            middle, _, high, _ = by_speedup(expected, latency)
+            found |= {f"latency_ms{suffix}": middle, f"latency_high_ms{suffix}": high, f"size_bytes{suffix}": size}
+        return found
 
     def verify(self, folders: Sequence[Path], *, rounds: int) -> list[Verified]:
         """Measure artifacts together and score them on validation and test; see `paretune.objectives.verify`."""
@@ -206,9 +212,9 @@ class Evaluator:
         early = self._measure_early(trial, model)
         watching.outlined(self._outline(early, params, macs))
         module, training = self._finetune(trial, model, watching)
-        built = self._bench.deploy(module, trial.plan, trial.float_bits, trial.folder, trial.watch)
-        found = self._bench.measure(built, early, trial.float_bits, trial.folder, trial.watch)
-        measurement = Measurement({name: on for name, (on, _) in found.items()}, params, macs)
+        wanted = self._deploy(trial, module)
+        found = self._bench.final(trial.folder, wanted, early, trial.float_bits, trial.watch)
+        measurement = Measurement({name: final.on for name, final in found.items()}, params, macs)
         if not measurement.is_finite():
             raise TrialError(f"all measured values must be finite, but got {measurement}; check task and model")
         with trial.watch.phase("save"):
@@ -216,12 +222,12 @@ class Evaluator:
                 trial.folder,
                 module,
                 trial.plan,
-                {name: entry.session for name, entry in built.items()},
+                {name: final.loaded for name, final in found.items()},
                 self._problem,
                 float_bits=trial.float_bits,
                 validation=measurement,
             )
-        deployments = {name: deployment for name, (_, deployment) in found.items()}
+        deployments = {name: final.deployment for name, final in found.items()}
         return Record(measurement, deployments, trial.watch.seconds, asdict(training), watching.rungs)
 
     def _begin(
@@ -270,8 +276,20 @@ class Evaluator:
         with trial.watch.phase("compress"):
             context = trial.problem.context(self._calibration[:1])
             module = compress_numerics(model, trial.plan, context)
-        built = self._bench.deploy(module, trial.plan, trial.float_bits, trial.folder, trial.watch)
-        return self._bench.measure_early(built, trial.folder, protocol, trial.watch)
+        wanted = self._deploy(trial, module)
+        return self._bench.early(trial.folder, wanted, trial.float_bits, protocol, trial.watch)
+
+    def _deploy(self, trial: _Trial, module: nn.Module) -> dict[str, dict[str, Wanted]]:
+        """Write the model files of all targets; returns how their layers must be executed, by target."""
+        sites = self._problem.sites
+        with trial.watch.phase("deploy"):
+            for site in {site.model: site for site in sites.values()}.values():
+                site.runtime.deploy(module, self._problem.example, trial.folder / site.model)
+                if trial.plan.is_packable or (self._baseline.folder / site.packed).is_file():
+                    site.pack(trial.folder)
+            # Which layers of a variant a runtime reports isn't known beforehand.
+            layers = dict.fromkeys(sites) if trial.plan.variant else self._bench.layers
+            return {name: wanted_widths(module, trial.float_bits[name], layers[name]) for name in sites}
 
     def _finetune(self, trial: _Trial, model: nn.Module, watching: Watching) -> tuple[nn.Module, TrainingReport]:
         """Train what was compressed; returns the module to deploy, on the CPU."""

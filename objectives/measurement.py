@@ -86,6 +86,21 @@ class Measurement:
         return all(math.isfinite(value) for value in self.to_dict().values())
 
 
+def by_speedup(expected: float, latency: Latency) -> tuple[float, float, float, float]:
+    """Latency, the ends of its interval and the speed-up: the machine drifts between trials, and the baseline with it.
+
+    Args:
+        expected: The baseline's latency when it was measured first, in milliseconds.
+        latency: Paired with the baseline.
+    """
+    return (
+        expected / latency.speedup,
+        expected / latency.speedup_high,
+        expected / latency.speedup_low,
+        latency.speedup,
+    )
+
+
 @dataclass(frozen=True)
 class Deployment:
     """How a trial's artifact was built and timed on one target.

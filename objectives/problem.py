@@ -15,11 +15,11 @@ from paretune.objectives.compress import Context
 from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.data.inputs import Inputs, call
 from paretune.objectives.data.splits import Batch, Split, Splits, StreamSplit
-from paretune.objectives.device import Device
+from paretune.objectives.device import Device, is_here
 from paretune.objectives.distillation import check_teaching
 from paretune.objectives.finetune import Training, TrainOptions, check_training
 from paretune.objectives.models import ModelSource
-from paretune.objectives.runtimes import Target
+from paretune.objectives.runtimes import Capabilities, Target
 from paretune.objectives.runtimes.base import Array
 from paretune.objectives.runtimes.onnx_export import named_arrays
 from paretune.objectives.site import Site
@@ -46,6 +46,7 @@ class Problem:
         exclude: Glob patterns of layers that stay dense.
         others: Further targets that every artifact is measured on, by name.
         variants: Lighter architectures that may take the model's place, by name.
+        capabilities: What the targets execute, by name, where they are on another machine; else this one finds out.
     """
 
     model: ModelSource
@@ -57,6 +58,7 @@ class Problem:
     exclude: tuple[str, ...] = ()
     others: Mapping[str, Target] = field(default_factory=dict)
     variants: Mapping[str, ModelSource] = field(default_factory=dict)
+    capabilities: Mapping[str, Capabilities] = field(default_factory=dict)
 
     @cached_property
     def example(self) -> Inputs:
@@ -115,7 +117,8 @@ class Problem:
                 for site in found.values()
                 if (site.target.runtime, site.target.options) == (target.runtime, target.options)
             )
-            found[name] = Site(name, target, next(alike, f"model@{name}" if name else "model"))
+            stem = next(alike, f"model@{name}" if name else "model")
+            found[name] = Site(name, target, stem, self.capabilities.get(name))
         return found
 
     @cached_property
@@ -134,7 +137,9 @@ class Problem:
 
     @cached_property
     def _device(self) -> Device:
-        measured = (site.target.device for site in self.sites.values())
+        measured = {site.target.device for site in self.sites.values()}
+        if self.capabilities:  # the targets are elsewhere, or on this machine all the same
+            measured = set(filter(is_here, measured))
         return Device(str(training_device(self.training.device)), *measured)
 
     def batch(self, size: int) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -26,23 +26,6 @@ class Rung:
     samples: int
 
 
-class Watcher(Protocol):
-    """Is told how a trial goes, and may end it; both without making it wait."""
-
-    def outlined(self, outline: Mapping[str, float]) -> None:
-        """Called once, before the training, with what is known of the plan without it.
-
-        Args:
-            outline: As of `paretune.objectives.evaluate.Evaluator.outline`.
-        """
-
-    def reached(self, rung: Rung) -> None:
-        """Called at each rung whose accuracy is finite; of a resumed trial, at those that are still to come."""
-
-    def wants_end(self) -> bool:
-        """Whether the trial shall end now; asked between training steps, so it must answer in microseconds."""
-
-
 @dataclass(frozen=True)
 class Stopped:
     """A trial that was ended in its training: what it cost, and what it had shown.
@@ -62,6 +45,19 @@ class Stopped:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
+
+
+class Watcher(Protocol):
+    """Is told how a trial goes, and may end it; both without making it wait."""
+
+    def got_on(self, so_far: Stopped) -> None:
+        """Called before the training and at each rung whose accuracy is finite, with the trial if it were ended now.
+
+        Of a resumed trial, the rungs are those that were still to come.
+        """
+
+    def wants_end(self) -> bool:
+        """Whether the trial shall end now; asked between training steps, so it must answer in microseconds."""
 
 
 def check_rungs(shares: Sequence[float]) -> None:

@@ -31,11 +31,13 @@ class Site:
         name: The target's name in the job; empty for the first one.
         target: What it is.
         stem: Of its model file's name. Targets of the same runtime with the same options share one.
+        known: What is executed there, where the target is on another machine; None finds out.
     """
 
     name: str
     target: Target
     stem: str = "model"
+    known: Capabilities | None = None
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -45,7 +47,7 @@ class Site:
     @cached_property
     def capabilities(self) -> Capabilities:
         """What is executed here."""
-        return self.runtime.capabilities(self.target.device)
+        return self.known or self.runtime.capabilities(self.target.device)
 
     @cached_property
     def clock(self) -> Clock:
@@ -89,34 +91,59 @@ class Site:
         return self.runtime.load(folder / self.model, self.options(float_bits, purpose=purpose))
 
 
-def check_executed(
-    reports: Mapping[str, LayerReport], model: nn.Module, float_bits: int, layers: Iterable[str]
-) -> dict[str, int]:
-    """The widths in which layers are executed, by name; the parts of a factorized layer count as layers.
+@dataclass(frozen=True)
+class Wanted:
+    """How a layer must be executed.
+
+    Attributes:
+        allowed: Widths, in bits.
+        asked: What was asked for, in words.
+        is_seen: Whether the runtime must report it.
+    """
+
+    allowed: tuple[int, ...]
+    asked: str
+    is_seen: bool = True
+
+
+def wanted_widths(model: nn.Module, float_bits: int, layers: Iterable[str] | None) -> dict[str, Wanted]:
+    """How each layer of a module must be executed, by name; the parts of a factorized layer count as layers.
 
     A layer of few bits runs in the width of its container (`QuantizedLayer.container`), for which there are kernels.
-    One whose weight alone is quantized, in no blocks, may be computed in floats as well: what it is, is said.
+    One whose weight alone is quantized, in no blocks, may be computed in floats as well.
+
+    Args:
+        model: What is deployed.
+        float_bits: Width of the target's own float format, which all other layers run in.
+        layers: Names of the layers, as the dense model has them, that a runtime must report beside the quantized ones;
+            None where that isn't known: then what it reports of the others must be as wanted.
+    """
+    quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer)}
+    named = [name for name, _ in model.named_modules()] if layers is None else list(layers)
+    parts = dict.fromkeys([*(part for name in named for part in layers_of(model, name)), *quantized])
+    seen = layers is not None
+    return {name: Wanted(*_allowed(quantized.get(name), float_bits), seen or name in quantized) for name in parts}
+
+
+def check_executed(reports: Mapping[str, LayerReport], wanted: Mapping[str, Wanted]) -> dict[str, int]:
+    """The widths in which layers are executed, by name.
 
     Args:
         reports: What the runtime says.
-        model: What was deployed.
-        float_bits: Width of the target's own float format, which all other layers run in.
-        layers: Names of the layers, as the dense model has them, that must be found beside the quantized ones.
+        wanted: How they must be.
 
     Raises:
         TrialError: A layer runs in another width than it was asked to.
     """
-    quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLayer)}
-    wanted = dict.fromkeys([*(part for name in layers for part in layers_of(model, name)), *quantized])
     executed = {name: reports[name].bits for name in wanted if name in reports}
-    for name in wanted:
-        allowed, asked = _allowed(quantized.get(name), float_bits)
-        if executed.get(name) not in allowed:
-            found = f"runs in {executed[name]}" if name in executed else "isn't found in the compiled model"
-            raise TrialError(
-                f"every layer must run in the width that the plan asks for, but {name} was to run in {asked} and "
-                f"{found}; exclude it (space.exclude) or fix space.bits"
-            )
+    for name, how in wanted.items():
+        if executed.get(name) in how.allowed or (name not in executed and not how.is_seen):
+            continue
+        found = f"runs in {executed[name]}" if name in executed else "isn't found in the compiled model"
+        raise TrialError(
+            f"every layer must run in the width that the plan asks for, but {name} was to run in {how.asked} and "
+            f"{found}; exclude it (space.exclude) or fix space.bits"
+        )
     return executed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -23,3 +23,8 @@ class Stopwatch:
             within = sum(self.seconds.values()) - known
             own = time.perf_counter() - start - within
             self.seconds[name] = self.seconds.get(name, 0.0) + own
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what another watch measured; within a phase, that phase doesn't count it again."""
+        for name, spent in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent

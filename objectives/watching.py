@@ -72,8 +72,7 @@ class Watching:
             Ended: The watcher doesn't want it.
         """
         self._outline = dict(outline)
-        if self._watcher is not None:
-            self._watcher.outlined(self._outline)
+        self._tell()
         self._end_if_wanted()
 
     def __call__(self, moment: Moment) -> None:
@@ -94,7 +93,7 @@ class Watching:
 
     def stopped(self) -> Stopped:
         """The trial, if it is ended now."""
-        return Stopped(self._outline, self.rungs, self._watch.seconds, self._steps)
+        return Stopped(self._outline, self.rungs, dict(self._watch.seconds), self._steps)
 
     def _score(self, moment: Moment, shares: Sequence[float]) -> None:
         outputs, targets = moment.outputs(self._batches(), self._step_aside)
@@ -102,10 +101,12 @@ class Watching:
         if not math.isfinite(accuracy):  # it may recover; if not, the trial fails by its loss or its last measurement
             return
         for share in shares:
-            rung = Rung(share, accuracy, len(targets))
-            self._rungs.append(rung)
-            if self._watcher is not None:
-                self._watcher.reached(rung)
+            self._rungs.append(Rung(share, accuracy, len(targets)))
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._watcher is not None:
+            self._watcher.got_on(self.stopped())
 
     def _end_if_wanted(self) -> None:
         if self._watcher is not None and self._watcher.wants_end():

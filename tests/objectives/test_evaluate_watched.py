@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,10 @@ class Watcher:
         self.questions = 0
         self._most = rungs, questions
 
-    def outlined(self, outline: Mapping[str, float]) -> None:
-        self.told.append("outline")
-        self.outline = dict(outline)
-
-    def reached(self, rung: Rung) -> None:
-        self.told.append("rung")
-        self.rungs.append(rung)
+    def got_on(self, so_far: Stopped) -> None:
+        self.told.append("rung" if so_far.rungs else "outline")
+        self.outline = so_far.outline
+        self.rungs = list(so_far.rungs)
 
     def wants_end(self) -> bool:
         self.questions += 1

@@ -16,7 +16,7 @@ from paretune.objectives.compress.quantization import insert_quantizers
 from paretune.objectives.compress.schemes import STATIC, Scheme
 from paretune.objectives.problem import Problem
 from paretune.objectives.runtimes import LayerReport, Target
-from paretune.objectives.site import check_executed
+from paretune.objectives.site import check_executed, wanted_widths
 from paretune.spaces.plan import Quantization
 
 REPORTS = {"a": LayerReport(8, 0.0), "b": LayerReport(16, 0.0), "c": LayerReport(32, 0.0)}
@@ -33,25 +33,28 @@ def model(bits: dict[str, int], **how: Any) -> nn.Module:
 
 
 def test_floats_of_a_plan_stand_for_the_targets_own() -> None:
-    assert check_executed(REPORTS, model({"a": 8, "b": 32}), 16, ["a", "b"]) == {"a": 8, "b": 16}
+    assert check_executed(REPORTS, wanted_widths(model({"a": 8, "b": 32}), 16, ["a", "b"])) == {"a": 8, "b": 16}
 
 
 def test_few_bits_run_in_their_container() -> None:
-    assert check_executed(REPORTS, model({"a": 3}), 16, ["a", "b"]) == {"a": 8, "b": 16}
+    assert check_executed(REPORTS, wanted_widths(model({"a": 3}), 16, ["a", "b"])) == {"a": 8, "b": 16}
 
 
 @pytest.mark.parametrize("layer", ["a", "b"])
 def test_weights_alone_run_in_floats_or_on_their_own_kernel(layer: str) -> None:
     made = model({layer: 3}, activations="float")
-    assert check_executed(REPORTS, made, 16, []) == {layer: REPORTS[layer].bits}
+    assert check_executed(REPORTS, wanted_widths(made, 16, [])) == {layer: REPORTS[layer].bits}
 
 
 def test_the_parts_of_a_factorized_layer_count() -> None:
     made = nn.Sequential(OrderedDict(a=Factorized(nn.Linear(16, 2), nn.Linear(2, 16))))
     reports = {"a.0": LayerReport(32, 0.0)}
     with pytest.raises(TrialError, match=r"a\.1 was to run in 32 bits and isn't found"):
-        check_executed(reports, made, 32, ["a"])
-    assert check_executed(reports | {"a.1": LayerReport(32, 0.0)}, made, 32, ["a"]) == {"a.0": 32, "a.1": 32}
+        check_executed(reports, wanted_widths(made, 32, ["a"]))
+    assert check_executed(reports | {"a.1": LayerReport(32, 0.0)}, wanted_widths(made, 32, ["a"])) == {
+        "a.0": 32,
+        "a.1": 32,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_the_parts_of_a_factorized_layer_count() -> None:
 )
 def test_mismatches_are_named(bits: dict[str, int], how: dict[str, Any], layers: list[str], message: str) -> None:
     with pytest.raises(TrialError, match=message):
-        check_executed(REPORTS, model(bits, **how), 16, layers)
+        check_executed(REPORTS, wanted_widths(model(bits, **how), 16, layers))
 
 
 def test_targets_of_one_runtime_share_a_file(problem: Problem) -> None:

@@ -20,7 +20,7 @@ from paretune.objectives.compress.schemes import STATIC, Schemes
 from paretune.objectives.data import Inputs, Splits, call
 from paretune.objectives.runtimes import LoadOptions, Runtime, Session
 from paretune.objectives.runtimes.onnx_export import named_arrays
-from paretune.objectives.site import check_executed
+from paretune.objectives.site import check_executed, wanted_widths
 from paretune.spaces.graph import execution_order
 from paretune.spaces.plan import Quantization
 from tests import nets
@@ -382,7 +382,7 @@ class RuntimeContract:
         schemes = runtime.capabilities(self.device).schemes
         module = prepared(lambda: copy.deepcopy(trained), inputs[:256], asked, schemes, **how)
         session = self._load(runtime, module, inputs[:2], tmp_path / "model.onnx", len(inputs))
-        executed = check_executed(session.layers(), module, 32, names)
+        executed = check_executed(session.layers(), wanted_widths(module, 32, names))
         assert all(executed[name] == 32 if bits == 32 else executed[name] in (8, 32) for name, bits in asked.items())
         if not alone:
             assert all(executed[name] == 8 for name, bits in asked.items() if bits < 32), "in the container of 8 bits"
@@ -402,7 +402,7 @@ class RuntimeContract:
         path = tmp_path / "model.onnx"
         for float_bits, batch in zip(runtime.capabilities(self.device).float_bits, (3, 16), strict=False):
             session = self._load(runtime, module, inputs(2), path, batch, float_bits)
-            check_executed(session.layers(), module, float_bits, names)
+            check_executed(session.layers(), wanted_widths(module, float_bits, names))
             with torch.no_grad():
                 expected = call(module, inputs(batch)).numpy()
             found = session.run(named_arrays(inputs(batch)))
