@@ -30,18 +30,14 @@ _METRICS = (
 )
 
 
-def candidates(study: SearchStudy, *, without: Container[int] = ()) -> list[TrialRow]:
-    """The front of the search so far, fastest first: feasible trials that no other one beats on validation.
+def front_of(rows: Sequence[TrialRow], objectives: Sequence[str], *, without: Container[int] = ()) -> list[TrialRow]:
+    """Feasible trials that no other one beats on validation, fastest first.
 
     Args:
-        study: The trials.
+        rows: The trials.
+        objectives: Of the study.
         without: Numbers of trials to leave out; what is left has a front of its own.
     """
-    return front_of(study.rows(), study.objectives, without=without)
-
-
-def front_of(rows: Sequence[TrialRow], objectives: Sequence[str], *, without: Container[int] = ()) -> list[TrialRow]:
-    """The same for trials that were read already."""
     feasible_rows = [row for row in rows if row.feasible and row.number not in without]
     front = pareto_front([row.measurement.to_dict() for row in feasible_rows], objectives)
     return [feasible_rows[i] for i in front]
@@ -57,11 +53,10 @@ def write_front(run: Path, study: SearchStudy, metric: str, verified: Mapping[in
         verified: Trial number to its verification. Once given, the front is made of these trials alone, judged by
             their verified values on the validation split. The test split is reported and decides nothing.
     """
-    rows = {row.number: row for row in study.rows()}
     if verified is None:
-        members = front_of(list(rows.values()), study.objectives)
-        points = [_point(run, row, run / "trials" / str(row.number) / "artifact") for row in members]
+        points = [_point(run, row, run / "trials" / str(row.number) / "artifact") for row in study.front()]
     else:
+        rows = {row.number: row for row in study.rows()}
         good = {n: v for n, v in verified.items() if feasible(v.validation.to_dict(), study.constraints)}
         order = list(good)
         front = pareto_front([good[n].validation.to_dict() for n in order], study.objectives)

@@ -12,6 +12,7 @@ Vizier (Golovin et al., 2017).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ MIN_CURVES = 5
 
 MIN_POORER = 2
 """So many finished trials must have been no better at the rung: how the worst of all will end isn't known."""
+
+MOST_CURVES = 500
+"""Of a kind, the latest, that are learnt from: more would only take longer at each rung."""
 
 SPARED = 10
 """One trial in so many is never stopped on its curve, so that the model keeps seeing how poor ones end."""
@@ -86,8 +90,10 @@ class FrontStopping:
     def __init__(self, objectives: Sequence[str], constraints: Sequence[Constraint] = ()) -> None:
         self._costs = [name for name in objectives if name != "accuracy"]
         self._constraints = tuple(constraints)
-        self._feasible: list[Mapping[str, float]] = []
-        self._curves: dict[str, list[tuple[dict[float, float], float]]] = {}
+        self._is_feasible = False
+        self._front: list[tuple[tuple[float, ...], float]] = []
+        """Upper ends of the costs, and the accuracy, of feasible trials that no other one beats in all of these."""
+        self._curves: dict[str, deque[tuple[dict[float, float], float]]] = {}
 
     def add(self, metrics: Mapping[str, float], rungs: Sequence[Rung], kind: str = "") -> None:
         """Learn from a trial that was trained to its end.
@@ -99,10 +105,17 @@ class FrontStopping:
                 foreseen from its own alone.
         """
         if feasible(metrics, self._constraints):
-            self._feasible.append(metrics)
+            self._is_feasible = True
+            self._join(tuple(_ends(name, metrics)[1] for name in self._costs), metrics["accuracy"])
         if rungs:
             curve = {rung.share: rung.accuracy for rung in rungs}
-            self._curves.setdefault(kind, []).append((curve, metrics["accuracy"]))
+            self._curves.setdefault(kind, deque(maxlen=MOST_CURVES)).append((curve, metrics["accuracy"]))
+
+    def _join(self, costs: tuple[float, ...], accuracy: float) -> None:
+        """Keep what a feasible trial reached, unless another one reached as much for no more."""
+        if not any(known >= accuracy and _within(other, costs) for other, known in self._front):
+            left = [(other, known) for other, known in self._front if known > accuracy or not _within(costs, other)]
+            self._front = [*left, (costs, accuracy)]
 
     def verdict(self, number: int, outline: Mapping[str, float], rungs: Sequence[Rung], kind: str = "") -> str:
         """Why a trial can't join the front any more, in a few words; empty where it may.
@@ -115,7 +128,7 @@ class FrontStopping:
             rungs: Those that it reached; none before the training, where only a broken bound can stop it.
             kind: As in `add`.
         """
-        if not self._feasible:
+        if not self._is_feasible:
             return ""
         for constraint in self._constraints:
             if constraint.name in outline and not any(map(constraint.holds, _early_ends(constraint.name, outline))):
@@ -154,14 +167,8 @@ class FrontStopping:
         """
         if any(name not in outline or direction(name) == "maximize" for name in self._costs):
             return -math.inf
-        return max(
-            (
-                known["accuracy"]
-                for known in self._feasible
-                if all(_ends(name, known)[1] <= _early_ends(name, outline)[0] for name in self._costs)
-            ),
-            default=-math.inf,
-        )
+        costs = tuple(_early_ends(name, outline)[0] for name in self._costs)
+        return max((accuracy for known, accuracy in self._front if _within(known, costs)), default=-math.inf)
 
     def expected(self, rungs: Sequence[Rung], kind: str = "") -> tuple[float, float] | None:
         """Mean and standard deviation of the final accuracy of a trial that was stopped; None with too few curves."""
@@ -182,6 +189,11 @@ class FrontStopping:
         if len(known) < MIN_CURVES:
             return None
         return _regress(np.array(known), np.array([rung.accuracy for rung in last]))
+
+
+def _within(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether one costs no more than the other in anything."""
+    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _ends(name: str, values: Mapping[str, float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from paretune.errors import JobError
 from paretune.objectives.measurement import Measurement, Record
 from paretune.objectives.progress import Rung, Stopped
 from paretune.search._runfiles import redacted
-from paretune.search.front import feasible, violation
+from paretune.search.front import Front, feasible, violation
 from paretune.search.job import Job
 from paretune.search.job_types import Constraint, direction
+from paretune.search.storage import TrialStorage
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
@@ -67,9 +69,10 @@ class SearchStudy:
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
         self._distributions = space.distributions()
+        self._storage = TrialStorage(open_storage(url))
         self._study = optuna.create_study(
             study_name=name,
-            storage=open_storage(url),
+            storage=self._storage,
             sampler=sampler,
             directions=[direction(objective) for objective in objectives],
             load_if_exists=True,
@@ -81,7 +84,11 @@ class SearchStudy:
             sampler.reseed_rng()  # else a resumed search would propose again what it proposed with its seed before
         self.sampler = sampler
         self._running: dict[int, optuna.Trial] = {}
-        self._ended: dict[int, TrialRow] = {}
+        self._front = Front(self.objectives)
+        self._members: dict[int, TrialRow] = {}
+        for row in self.rows():
+            if row.feasible:
+                self._front.add(row.number, row.measurement.to_dict())
 
     def enqueue(self, plan: CompressionPlan, source: str) -> None:
         """Have a plan evaluated before the sampler's own."""
@@ -94,6 +101,7 @@ class SearchStudy:
         plan = self.space.to_plan(trial.params)
         source = _source_of(self._study.get_trials(deepcopy=False)[trial.number])
         trial.set_user_attr(_PLAN, plan.to_dict())
+        self._storage.flush()  # before anybody works on it
         self._running[trial.number] = trial
         return Proposal(trial.number, plan, source)
 
@@ -103,14 +111,15 @@ class SearchStudy:
         wanted = (*self.objectives, *(constraint.name for constraint in self.constraints))
         return next((name for name in wanted if name not in known), "")
 
-    def complete(self, number: int, record: Record) -> None:
-        """Tell what a trial measured."""
+    def complete(self, number: int, record: Record) -> bool:
+        """Tell what a trial measured; returns whether the front is another one now."""
         trial = self._running.pop(number)
         trial.set_user_attr(_RECORD, record.to_dict())
         metrics = record.measurement.to_dict()
         for constraint in self.constraints:
             trial.set_constraint(str(constraint), violation(constraint, metrics))
         self._study.tell(trial, [metrics[name] for name in self.objectives])
+        return feasible(metrics, self.constraints) and self._front.add(number, metrics)
 
     def stop(self, number: int, stopped: Stopped, expected: tuple[float, float] | None = None) -> None:
         """Tell that a trial was ended in its training, as Optuna's PRUNED; it has no values.
@@ -163,13 +172,13 @@ class SearchStudy:
 
     def rows(self) -> list[TrialRow]:
         """Every trial, in the order of its number."""
-        found = []
-        for trial in self._study.get_trials(deepcopy=False):
-            row = self._ended.get(trial.number) or TrialRow(trial, self.constraints)
-            if trial.state.is_finished():  # nothing of it changes any more, and reading a record takes its time
-                self._ended[trial.number] = row
-            found.append(row)
-        return found
+        return [TrialRow(trial, self.constraints) for trial in self._study.get_trials(deepcopy=False)]
+
+    def front(self) -> list[TrialRow]:
+        """The feasible trials that no other one beats, fastest first; costs the same after any number of trials."""
+        trials, known = self._study.get_trials(deepcopy=False), self._members
+        self._members = {n: known.get(n) or TrialRow(trials[n], self.constraints) for n in self._front.members}
+        return list(self._members.values())
 
 
 def _source_of(trial: FrozenTrial) -> str:
@@ -187,7 +196,7 @@ def stored_rows(job: Job, run: Path) -> list[TrialRow]:
     storage = open_storage(url)
     if job.name not in optuna.get_all_study_names(storage):
         return []  # the run is still being prepared
-    study = optuna.load_study(study_name=job.name, storage=storage)
+    study = optuna.load_study(study_name=job.name, storage=TrialStorage(storage))
     return [TrialRow(trial, job.constraints) for trial in study.get_trials(deepcopy=False)]
 
 
@@ -201,11 +210,24 @@ class TrialRow:
 
     def __init__(self, trial: FrozenTrial, constraints: Sequence[Constraint]) -> None:
         self.trial = trial
-        record = trial.user_attrs.get(_RECORD) if trial.state == TrialState.COMPLETE else None
-        self.record = Record.from_dict(record) if record else None
-        self.feasible = self.record is not None and feasible(self.measurement.to_dict(), constraints)
-        stopped = trial.user_attrs.get(_STOPPED) if trial.state == TrialState.PRUNED else None
-        self.stopped = Stopped(**stopped | {"rungs": _rungs(stopped)}) if stopped else None
+        self._constraints = constraints
+
+    @cached_property
+    def record(self) -> Record | None:
+        """Of a complete trial; read when it is asked for first."""
+        found = self.trial.user_attrs.get(_RECORD) if self.trial.state == TrialState.COMPLETE else None
+        return Record.from_dict(found) if found else None
+
+    @cached_property
+    def feasible(self) -> bool:
+        """Whether it is complete and keeps all bounds."""
+        return self.record is not None and feasible(self.measurement.to_dict(), self._constraints)
+
+    @cached_property
+    def stopped(self) -> Stopped | None:
+        """Of a trial that was stopped early; read when it is asked for first."""
+        found = self.trial.user_attrs.get(_STOPPED) if self.trial.state == TrialState.PRUNED else None
+        return Stopped(**found | {"rungs": _rungs(found)}) if found else None
 
     @property
     def number(self) -> int:
@@ -240,7 +262,7 @@ class TrialRow:
         found = self.trial.user_attrs.get(_EXPECTED)
         return (found[0], found[1]) if found else None
 
-    @property
+    @cached_property
     def plan(self) -> CompressionPlan | None:
         """Its plan, once it was begun."""
         data = self.trial.user_attrs.get(_PLAN)

@@ -8,7 +8,8 @@ and 5, for the process).
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -52,6 +53,11 @@ class Belief:
     mean: Floats
     sd: Floats
     noise: Floats
+
+    def take(self, place: int) -> Belief:
+        """Of a single plan."""
+        own = slice(place, place + 1)
+        return replace(self, mean=self.mean[own], sd=self.sd[own], noise=self.noise[own])
 
     @property
     def median(self) -> Floats:
@@ -142,6 +148,19 @@ class AccuracyModel:
             warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is a feature unused
             process.fit(self._seen_by_process(features), missed / self._scale)
         self._kernel, self._process = process.kernel_, process
+
+    def copy(self) -> AccuracyModel:
+        """The same model, to be fitted to something else."""
+        other = copy(self)
+        other._repair = copy(self._repair)
+        return other
+
+    def median(self, features: Floats) -> Floats:
+        """Shape (N,): the accuracies as likely missed as exceeded, without their uncertainty, which takes longer."""
+        assert self._process is not None, "fit comes first"
+        mean = self._process.predict(self._seen_by_process(features))
+        accuracy: Floats = self._top - np.exp(self._repair(features[:, : self._damages]) + mean * self._scale)
+        return accuracy
 
     def believe(self, features: Floats) -> Belief:
         """What is believed of plans with these features, shape (N, features)."""

@@ -8,6 +8,8 @@ case).
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 from scipy.stats import qmc
 
@@ -32,13 +34,24 @@ class Improvement:
     def __init__(self, costs: Floats, accuracy: Floats, *, worst: Floats, best: Floats, least: float) -> None:
         self._cells = _cells(best, worst)
         covered = (costs[None, :, :] <= self._cells[:, None, :]).all(2)
-        reached = np.where(covered, accuracy[None, :], least).max(1, initial=least)
-        self._levels, place = np.unique(reached, return_inverse=True)
+        self._raise_to(np.where(covered, accuracy[None, :], least).max(1, initial=least))
         self.whole = float(np.prod(np.maximum(worst - best, 0.0)))
         """Volume of all costs that count."""
         self._volume = float(np.prod(np.maximum(worst - best, 0.0))) / len(self._cells)
+
+    def _raise_to(self, reached: Floats) -> None:
+        """Take accuracies for what the front reaches in the cells, shape (cells,)."""
+        self._reached = reached
+        self._levels, place = np.unique(reached, return_inverse=True)
         self._in_level = np.zeros((len(self._cells), len(self._levels)), dtype=np.float32)
         self._in_level[np.arange(len(self._cells)), place] = 1
+
+    def after(self, costs: Floats, accuracy: float) -> Improvement:
+        """The same, once a plan with these costs, shape (costs,), has joined the front with this accuracy."""
+        found = copy(self)
+        covered = (costs <= self._cells).all(1)
+        found._raise_to(np.where(covered, np.maximum(self._reached, accuracy), self._reached))
+        return found
 
     def __call__(self, costs: Floats, belief: Belief) -> Floats:
         """Shape (N,): the expected improvement of plans with these costs, shape (N, costs), and accuracies."""

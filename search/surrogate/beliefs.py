@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.special import log_ndtr
@@ -18,11 +18,18 @@ from paretune.search.surrogate.features import DAMAGES, Features
 from paretune.search.surrogate.knowledge import Knowledge
 from paretune.search.surrogate.ledger import Ledger
 
-_GROWTH = 1.15
-"""How much more must be known before the surrogate's length scales are chosen anew."""
+_GROWTH, _LATER_GROWTH, _MANY = 1.15, 1.5, 500
+"""How much more must be known before the surrogate's length scales are chosen anew; and from so many trials on."""
 
 _MOST = 300
 """Trials that the surrogate learns from: what it takes grows with their cube."""
+
+_KEPT, _SLACK = 500, 100
+"""Trials that are kept in mind at all: those that it learns from are among them, and so is the front. They are chosen
+again when so many more came."""
+
+_MOST_ASSUMED = 512
+"""Running trials, the latest, that it takes for finished ones."""
 
 _CLOCK = 0.003
 """Relative differences of a latency that no clock tells apart: they aren't credited to a plan."""
@@ -42,7 +49,8 @@ class Seen:
 
     Attributes:
         encoding: Of the space.
-        rows: One a trial.
+        count: How many there were.
+        rows: One a trial, of those that are kept in mind.
         accuracy: Of each; extrapolated where the trial was stopped.
         sd: Of each; 0 where it was measured.
         failed: Keys of plans that didn't work.
@@ -50,6 +58,7 @@ class Seen:
     """
 
     encoding: Encoding
+    count: int = 0
     rows: list[Rows] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     sd: list[float] = field(default_factory=list)
@@ -58,11 +67,18 @@ class Seen:
 
     def take(self, row: Rows, accuracy: float, sd: float) -> None:
         """Note what a trial was worth."""
+        self.count += 1
         self.rows.append(row)
         self.accuracy.append(float(accuracy))
         self.sd.append(float(sd))
         [key] = self.encoding.keys(row)
         self.tried.setdefault(key, []).append(row.settings[0])
+
+    def forget_others(self, kept: Sequence[int]) -> None:
+        """Keep some trials alone, by their places; that the others were tried isn't forgotten."""
+        self.rows = [self.rows[i] for i in kept]
+        self.accuracy = [self.accuracy[i] for i in kept]
+        self.sd = [self.sd[i] for i in kept]
 
     def knows(self, row: Rows, *, trained_alike: bool) -> bool:
         """Whether a single plan failed or was tried: in any way, or only trained about as it would be."""
@@ -70,6 +86,49 @@ class Seen:
         tried = self.tried.get(key, ())
         near = (np.abs(row.settings[0] - settings).max(initial=0) < _NEAR for settings in tried)
         return key in self.failed or (any(near) if trained_alike else bool(tried))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the plans that were tried stand.
+
+    Attributes:
+        rows: The plans that keep the bounds on what is no objective.
+        costs: Shape (N, costs).
+        believed: Shape (N,): their accuracies, as they are believed to be.
+        measured: Shape (N,): the same as they were found.
+    """
+
+    rows: list[Rows]
+    costs: Floats
+    believed: Floats
+    measured: Floats
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """What is expected of some plans, whatever the front.
+
+    Attributes:
+        costs: Shape (N, costs).
+        accuracy: What is believed of it.
+        weight: Shape (N,), in [0, 1]: how far an improvement counts, as far as a measurement would tell, and as they
+            are likely to keep the bounds.
+    """
+
+    costs: Floats
+    accuracy: Belief
+    weight: Floats
+
+    def take(self, place: int) -> Prospects:
+        """Of a single plan."""
+        own = slice(place, place + 1)
+        return Prospects(self.costs[own], self.accuracy.take(place), self.weight[own])
+
+    def gains(self, improvement: Improvement) -> Floats:
+        """Shape (N,): what the plans are expected to add."""
+        found: Floats = improvement(self.costs, self.accuracy) * self.weight
+        return found
 
 
 class Beliefs:
@@ -85,7 +144,9 @@ class Beliefs:
     def __init__(
         self, encoding: Encoding, knowledge: Knowledge, objectives: Sequence[str], constraints: Sequence[Constraint]
     ) -> None:
+        self._encoding = encoding
         self.seen = Seen(encoding)
+        self._assumed = Seen(encoding)
         self.features = Features(encoding, knowledge)
         self._dense = knowledge.dense
         # The accuracies on further targets follow that on the first.
@@ -107,9 +168,11 @@ class Beliefs:
     def learn(self) -> None:
         """Bring the models up to date with what was seen and measured."""
         self.ledger.refit()
-        count = len(self.seen.rows)
+        count = self.seen.count
+        if len(self.seen.rows) > _KEPT + _SLACK:
+            self.seen.forget_others(self._informative(_KEPT))
         if count:
-            tune = count >= _GROWTH * self._tuned_at
+            tune = count >= (_GROWTH if count < _MANY else _LATER_GROWTH) * self._tuned_at
             self._fit(tune=tune)
             self._tuned_at = count if tune else self._tuned_at
 
@@ -122,20 +185,20 @@ class Beliefs:
         if not pending:
             yield
             return
-        before = self.seen
-        believed = over(pending, lambda rows: self.believe(rows).median)
-        tried = {key: list(settings) for key, settings in before.tried.items()}
-        self.seen = replace(
-            before, rows=[*before.rows], accuracy=[*before.accuracy], sd=[*before.sd], failed=before.failed, tried=tried
-        )
-        for row, accuracy in zip(pending, believed, strict=True):
-            self.seen.take(row, float(accuracy), 0.0)
+        latest, real = pending[-_MOST_ASSUMED:], self._model
+        assert real is not None
+        for row, accuracy in zip(latest, over(latest, self._median), strict=True):
+            self._assumed.take(row, float(accuracy), 0.0)
+        self._model = real.copy()
         try:
             self._fit()
             yield
         finally:
-            self.seen = before
-            self._fit()
+            self._assumed, self._model = Seen(self._encoding), real
+
+    def knows(self, row: Rows, *, trained_alike: bool) -> bool:
+        """Whether a single plan failed, was tried or is running; see `Seen.knows`."""
+        return any(seen.knows(row, trained_alike=trained_alike) for seen in (self.seen, self._assumed))
 
     def believe(self, rows: Rows) -> Belief:
         """What is believed of the accuracy of plans."""
@@ -151,44 +214,52 @@ class Beliefs:
         """
         return self._signed(self.ledger.predict(rows, known=known)[0])
 
-    def front(self) -> list[Rows]:
+    def standing(self) -> Standing:
+        """Of the plans that were tried, or are running, and keep the bounds on what is no objective."""
+        rows = [*self.seen.rows, *self._assumed.rows]
+        measured = np.array([*self.seen.accuracy, *self._assumed.accuracy])
+        if not rows:
+            return Standing([], np.zeros((0, len(self._costs))), measured, measured)
+        values = over(rows, lambda found: self.ledger.predict(found)[0])
+        columns = [(bound, self.ledger.names.index(bound.name)) for bound in self._bounds]
+        allowed = [i for i, own in enumerate(values) if all(bound.holds(own[column]) for bound, column in columns)]
+        rows = [rows[i] for i in allowed]
+        believed = over(rows, self._median) if rows else np.zeros(0)
+        return Standing(rows, self._signed(values[allowed]), believed, measured[allowed])
+
+    def front(self, standing: Standing) -> list[Rows]:
         """The plans that were tried and that no other one is believed to beat, in no order."""
-        rows = self._allowed()
-        costs, accuracy = self._standing(rows)
-        losses = np.concatenate([-accuracy[:, None], costs], 1)
+        losses = np.concatenate([-standing.believed[:, None], standing.costs], 1)
         no_worse = (losses[:, None, :] <= losses[None, :, :]).all(2)
         better = (losses[:, None, :] < losses[None, :, :]).any(2)
-        beaten = np.flatnonzero((no_worse & better).any(0))
-        return [row for place, row in enumerate(rows) if place not in beaten]
+        beaten = set(np.flatnonzero((no_worse & better).any(0)).tolist())
+        return [row for place, row in enumerate(standing.rows) if place not in beaten]
 
-    def improvement(self, cheapest: Floats) -> Improvement:
+    def improvement(self, standing: Standing, cheapest: Floats) -> Improvement:
         """Over the front of what was measured, and of what is believed where that is more.
 
         The front that is reported is of measured values: who joins it must be seen to beat them.
 
         Args:
+            standing: Of the plans that were tried.
             cheapest: Shape (costs,): what plans cost at least.
         """
-        rows = self._allowed()
-        costs, accuracy = self._standing(rows)
-        measured = {id(row): value for row, value in zip(self.seen.rows, self.seen.accuracy, strict=True)}
-        accuracy = np.maximum(accuracy, [measured[id(row)] for row in rows])
+        costs = standing.costs
         least, *worst = self._reference()
         low = np.minimum(cheapest, costs.min(0, initial=np.inf))
         told_apart = np.abs(costs) * np.array([_CLOCK * name.startswith("latency_ms") for name in self._costs])
         return Improvement(
             costs - told_apart,
-            accuracy,
+            np.maximum(standing.believed, standing.measured),
             worst=np.array(worst),
             best=low - 0.1 * np.abs(low),
             least=-least,
         )
 
-    def gains(self, improvement: Improvement, rows: Rows) -> Floats:
-        """Shape (N,): what plans are expected to add, as far as they are likely to keep the bounds."""
+    def prospects(self, rows: Rows) -> Prospects:
+        """What is expected of plans."""
         belief = self.believe(rows)
-        found: Floats = improvement(self.costs(rows), belief) * belief.told * np.exp(self._log_allowed(rows))
-        return found
+        return Prospects(self.costs(rows), belief, belief.told * np.exp(self._log_allowed(rows)))
 
     def nearness(self, rows: Rows) -> Floats:
         """Shape (N,): logarithm of the chance to keep all bounds and to be better than the reference in all.
@@ -214,22 +285,10 @@ class Beliefs:
             found += log_ndtr(room / np.maximum(error[:, column], _LEAST_ERROR))
         return found
 
-    def _allowed(self) -> list[Rows]:
-        """The plans that were tried and keep the bounds on what is no objective."""
-        rows = self.seen.rows
-        if not self._bounds or not rows:
-            return rows
-        values = over(rows, lambda found: self.ledger.predict(found)[0])
-        columns = [(bound, self.ledger.names.index(bound.name)) for bound in self._bounds]
-        return [
-            row for row, own in zip(rows, values, strict=True) if all(b.holds(own[column]) for b, column in columns)
-        ]
-
-    def _standing(self, rows: Sequence[Rows]) -> tuple[Floats, Floats]:
-        """Costs and believed accuracy; shapes (N, costs) and (N,)."""
-        if not rows:
-            return np.zeros((0, len(self._costs))), np.zeros(0)
-        return over(rows, self.costs), over(rows, lambda found: self.believe(found).median)
+    def _median(self, rows: Rows) -> Floats:
+        """Shape (N,): the accuracies that plans are believed to have."""
+        assert self._model is not None
+        return self._model.median(self.features(rows))
 
     def _signed(self, values: Floats) -> Floats:
         signs = np.array([-1.0 if direction(name) == "maximize" else 1.0 for name in self._costs])
@@ -246,25 +305,27 @@ class Beliefs:
         return reference_point(known, ("accuracy", *self._costs), self._constraints)
 
     def _fit(self, *, tune: bool = False) -> None:
-        seen = self.seen
-        kept = self._informative() if len(seen.rows) > _MOST else range(len(seen.rows))
+        seen, assumed = self.seen, self._assumed
+        kept = self._informative(_MOST) if len(seen.rows) > _MOST else range(len(seen.rows))
         if self._model is None:
             dense = self._dense.get("accuracy", max(seen.accuracy))
             self._model = AccuracyModel(tolerated(dense), DAMAGES, self.features.whole, dense)
-        features = over([seen.rows[i] for i in kept], self.features)
-        self._model.fit(features, [seen.accuracy[i] for i in kept], [seen.sd[i] for i in kept], tune=tune)
+        features = over([*(seen.rows[i] for i in kept), *assumed.rows], self.features)
+        accuracy = [*(seen.accuracy[i] for i in kept), *assumed.accuracy]
+        self._model.fit(features, accuracy, [*(seen.sd[i] for i in kept), *assumed.sd], tune=tune)
 
-    def _informative(self) -> list[int]:
-        """The trials to learn from, of too many: the latest, and those nearest to the front."""
+    def _informative(self, most: int) -> list[int]:
+        """The places of so many trials to learn from: the latest, and those nearest to the front."""
         count = len(self.seen.rows)
-        recent = range(count - _MOST // 3, count)
-        cost = over(self.seen.rows, self.costs)[:, 0]
-        accuracy = np.array(self.seen.accuracy)
-        order = np.argsort(cost)
-        behind = np.empty(count)
-        behind[order] = np.maximum.accumulate(accuracy[order]) - accuracy[order]
+        recent = range(count - most // 3, count)
+        costs, accuracy = over(self.seen.rows, self.costs), np.array(self.seen.accuracy)
+        best = [
+            np.where((costs[None, :, :] <= some[:, None, :]).all(2), accuracy, -np.inf).max(1)
+            for some in np.array_split(costs, 1 + count // 256)  # of a resumed search there may be thousands
+        ]
+        behind = np.concatenate(best) - accuracy
         nearest = [int(place) for place in np.argsort(behind) if place not in recent]
-        return [*nearest[: _MOST - len(recent)], *recent]
+        return sorted([*nearest[: most - len(recent)], *recent])
 
 
 def over(rows: Sequence[Rows], of: Callable[[Rows], Floats]) -> Floats:

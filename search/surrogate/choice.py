@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from scipy.stats import qmc
 
 from paretune.search.surrogate.acquisition import Improvement
-from paretune.search.surrogate.beliefs import Beliefs
+from paretune.search.surrogate.beliefs import Beliefs, Prospects
 from paretune.search.surrogate.candidates import Candidates
 from paretune.search.surrogate.encoding import Encoding, Floats, Key, Levels, Rows
 from paretune.spaces.space import MODEL
@@ -24,6 +25,9 @@ _FIRST = 6
 _SPREAD = (0.45, 0.7, 0.55, 0.25, 0.85, 0.35)
 """Where these are along the front that the probes foresee, from dense to cheapest."""
 
+_ALONG = (0.2, 0.9)
+"""Where further ones are, which many workers ask for before anything is known."""
+
 _JITTER = 0.05
 """By how much these places differ from seed to seed."""
 
@@ -32,6 +36,9 @@ _MEASURING = 0.05
 
 _POOL, _CHILDREN, _ROUNDS, _BEST = 96, 96, 4, 24
 """Candidates of each kind in the first round; children in each further one; such rounds; how many go on."""
+
+_SPARE = 4
+"""Candidates that go on for each plan, where many are wanted."""
 
 _ATTEMPTS = 3
 """How often to look for others where none of the best can be deployed."""
@@ -87,48 +94,88 @@ class Choice:
         self._candidates = {name: candidates for name, (candidates, _) in found.items()}
         self._cheapest = np.min([costs for _, costs in found.values()], axis=0)
 
-    def next(self, pending: Sequence[Rows], measure: Measure | None, measured: int) -> Rows:
-        """The plan for the next trial.
+    def next(self, pending: Sequence[Rows], measure: Measure | None, measured: int, *, plans: int = 1) -> list[Rows]:
+        """The plans for the next trials, at least one, best first.
 
         Args:
             pending: Plans of trials that are still running.
             measure: Measures what plans cost; None trusts the predictions.
             measured: How many plans may be measured, at most.
+            plans: How many are wanted; there may be fewer.
         """
         seen = self._beliefs.seen
-        position = len(seen.rows) + len(seen.failed) + len(pending)
+        position = seen.count + len(seen.failed) + len(pending)
         if position <= _FIRST or not self._beliefs.is_ready:
-            return self._designed(position, pending)
+            return self._designed(position, pending, plans)
         with self._beliefs.assuming(pending):
             for _ in range(_ATTEMPTS):
-                improvement, best = self._searched()
+                improvement, best = self._searched(max(_BEST, _SPARE * plans))
+                rows = [rated.row for rated in best]
                 if measure is None:
-                    return best[0].row
-                if known := self._measured(best, measure, measured):
-                    gains = [float(self._beliefs.gains(improvement, row)[0]) for row in known]
-                    return known[int(np.argmax(gains))]
+                    return self._together(improvement, rows[0], rows[1:], plans)
+                if known := self._measured(rows, measure, measured):
+                    gains = [float(self._beliefs.prospects(row).gains(improvement)[0]) for row in known]
+                    return self._together(improvement, known[int(np.argmax(gains))], rows, plans)
             return self._designed(position, pending)  # nothing that looks well can be deployed
 
-    def _searched(self) -> tuple[Improvement, list[_Rated]]:
+    def _together(self, improvement: Improvement, first: Rows, others: Sequence[Rows], plans: int) -> list[Rows]:
+        """A plan and those that add most beside it, each with those before it on the front as they are believed to be.
+
+        What a plan adds can only become less with each that joins the front, so most needn't be looked at again
+        (Minoux, 1978, "Accelerated greedy algorithms").
+        """
+        chosen = [first]
+        if plans == 1:
+            return chosen
+        taken = {*self._encoding.keys(first), *self._beliefs.seen.failed}
+        left = [row for row in others if self._encoding.keys(row)[0] not in taken]
+        prospects = self._prospects([first, *left])
+        improvement = improvement.after(prospects[0].costs[0], float(prospects[0].accuracy.median[0]))
+        queue = [(-float(one.gains(improvement)[0]), place) for place, one in enumerate(prospects) if place]
+        heapify(queue)
+        while queue and len(chosen) < plans:
+            place = queue[0][1]
+            gain = float(prospects[place].gains(improvement)[0])
+            heapreplace(queue, (-gain, place))
+            if queue[0][1] != place:  # another one may add more now
+                continue
+            heappop(queue)
+            chosen.append(left[place - 1])
+            one = prospects[place]
+            improvement = improvement.after(one.costs[0], float(one.accuracy.median[0]))
+        return chosen
+
+    def _prospects(self, rows: Sequence[Rows]) -> list[Prospects]:
+        """Of single plans, in their order."""
+        found: dict[int, Prospects] = {}
+        for variant in dict.fromkeys(row.variant for row in rows):
+            places = [place for place, row in enumerate(rows) if row.variant == variant]
+            own = self._beliefs.prospects(Rows.join([rows[place] for place in places]))
+            found |= {place: own.take(position) for position, place in enumerate(places)}
+        return [found[place] for place in range(len(rows))]
+
+    def _searched(self, most: int) -> tuple[Improvement, list[_Rated]]:
         """The best candidates, best first."""
-        front = self._beliefs.front()
+        standing = self._beliefs.standing()
+        front = self._beliefs.front(standing)
         pools = [self._pool(name, [row for row in front if row.variant == name]) for name in self._encoding.units]
-        improvement = self._beliefs.improvement(self._cheapest)
+        improvement = self._beliefs.improvement(standing, self._cheapest)
 
         def gains(rows: Rows) -> Floats:
-            return self._beliefs.gains(improvement, rows)
+            return self._beliefs.prospects(rows).gains(improvement)
 
-        best, rate = self._rated(gains, pools), gains
+        best, rate = self._rated(gains, pools, most), gains
         if best and best[0].gain <= _NOTHING * improvement.whole:  # nothing is believed to reach what counts
-            best, rate = self._rated(self._beliefs.nearness, pools), self._beliefs.nearness
+            best, rate = self._rated(self._beliefs.nearness, pools, most), self._beliefs.nearness
         for _ in range(_ROUNDS):
-            best = self._different([*best, *self._rated(rate, self._children(best))])
+            children = self._children(best[: max(_BEST, most // _SPARE)])
+            best = self._different([*best, *self._rated(rate, children, most)], most)
         # In a small space all plans may have been tried: then in another way, then, should it last for ever, again.
-        best = best or self._rated(rate, pools, trained_alike=True)
+        best = best or self._rated(rate, pools, most, trained_alike=True)
         return improvement, best or [_Rated(0.0, pools[0].take([0]))]
 
     def _rated(
-        self, rate: Callable[[Rows], Floats], pools: Sequence[Rows], *, trained_alike: bool = False
+        self, rate: Callable[[Rows], Floats], pools: Sequence[Rows], most: int, *, trained_alike: bool = False
     ) -> list[_Rated]:
         """The best of some plans that weren't tried, best first.
 
@@ -140,26 +187,26 @@ class Choice:
             own: dict[Key, _Rated] = {}
             keys = self._encoding.keys(rows)
             for place in np.argsort(-gains, kind="stable"):
-                if len(own) == _BEST:
+                if len(own) == most:
                     break
                 row = rows.take([place])
-                if keys[place] not in own and not self._beliefs.seen.knows(row, trained_alike=trained_alike):
+                if keys[place] not in own and not self._beliefs.knows(row, trained_alike=trained_alike):
                     own[keys[place]] = _Rated(float(gains[place]), row)
             found += own.values()
-        return self._different(found)
+        return self._different(found, most)
 
-    def _different(self, rated: Sequence[_Rated]) -> list[_Rated]:
+    def _different(self, rated: Sequence[_Rated], most: int) -> list[_Rated]:
         """The best of plans that compress differently, best first."""
         found: dict[Key, _Rated] = {}
         for one in sorted(rated, reverse=True):
             found.setdefault(self._encoding.keys(one.row)[0], one)
-        return list(found.values())[:_BEST]
+        return list(found.values())[:most]
 
-    def _measured(self, best: Sequence[_Rated], measure: Measure, measured: int) -> list[Rows]:
+    def _measured(self, best: Sequence[Rows], measure: Measure, measured: int) -> list[Rows]:
         """The best plans, measured as far as there is time; without those that can't be deployed."""
         found: dict[Key, Rows] = {}
         seen, ledger = self._beliefs.seen, self._beliefs.ledger
-        for row in (rated.row for rated in best):
+        for row in best:
             [key] = self._encoding.keys(row)
             if len(found) == measured:
                 break
@@ -176,8 +223,8 @@ class Choice:
             found[key] = row
         return list(found.values())
 
-    def _designed(self, position: int, pending: Sequence[Rows]) -> Rows:
-        """A plan of the front that the probes foresee, the trials spread along it.
+    def _designed(self, position: int, pending: Sequence[Rows], plans: int = 1) -> list[Rows]:
+        """Plans of the front that the probes foresee, the trials spread along it.
 
         Every other one has just one technique beside quantization, so that it shows how well each is repaired; and each
         is trained in another way.
@@ -190,12 +237,23 @@ class Choice:
         levels = self._encoding.settled(MODEL, levels)
         rows = Rows(MODEL, levels, np.tile(self._spread_settings(position), (len(levels), 1)))
         cost = self._beliefs.costs(rows)[:, 0]
-        share = _SPREAD[position % len(_SPREAD)] + self.rng.uniform(-_JITTER, _JITTER)
-        wanted = cost.max() + (cost.min() - cost.max()) * share
-        running = {key for row in pending for key in self._encoding.keys(row)}
-        order = [rows.take([place]) for place in np.abs(cost - wanted).argsort(kind="stable")]
-        unseen = (row for row in order if not self._beliefs.seen.knows(row, trained_alike=False))
-        return next((row for row in unseen if self._encoding.keys(row)[0] not in running), order[0])
+        taken = {key for row in pending for key in self._encoding.keys(row)}
+        keys, found = self._encoding.keys(rows), list[Rows]()
+        for number in range(position, position + plans):
+            order = np.abs(cost - self._wanted(number, cost)).argsort(kind="stable")
+            place = next((i for i in order if keys[i] not in taken and self._is_new(rows.take([i]))), order[0])
+            taken.add(keys[place])
+            found.append(replace(rows.take([place]), settings=self._spread_settings(number)[None]))
+        return found
+
+    def _is_new(self, row: Rows) -> bool:
+        return not self._beliefs.knows(row, trained_alike=False)
+
+    def _wanted(self, position: int, cost: Floats) -> float:
+        """What the plan of a trial should cost, between the most and the least of some plans."""
+        place = _SPREAD[position % len(_SPREAD)] if position <= _FIRST else self.rng.uniform(*_ALONG)
+        share = place + self.rng.uniform(-_JITTER, _JITTER)
+        return float(cost.max() + (cost.min() - cost.max()) * share)
 
     def _spread_settings(self, position: int) -> Floats:
         """The middle first, then points that fill the ranges evenly (Halton, 1960); first choices throughout."""

@@ -92,7 +92,8 @@ class Encoding:
             columns: The settings that tell them apart; None is all that are choices.
         """
         settings = rows.settings[:, self.choices if columns is None else columns].astype(np.int8)
-        return [(rows.variant, a.tobytes() + b.tobytes()) for a, b in zip(rows.levels, settings, strict=True)]
+        levels = rows.levels.astype(np.int16)
+        return [(rows.variant, a.tobytes() + b.tobytes()) for a, b in zip(levels, settings, strict=True)]
 
     def settled(self, variant: str, levels: Levels) -> Levels:
         """The same plans, without what the space leaves out: of two techniques that exclude each other it takes one."""

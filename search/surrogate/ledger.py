@@ -37,9 +37,8 @@ class Ledger:
         self._knowledge = knowledge
         self.names = tuple(names)
         self._columns = [i for i, name in enumerate(encoding.settings) if name in _COSTLY]
-        self._rows: dict[str, Rows] = {}
-        self._values: dict[str, list[dict[str, float]]] = {}
-        self._place: dict[Key, int] = {}
+        self._measured: dict[Key, dict[str, float]] = {}
+        self._latest: dict[str, dict[Key, Rows]] = {name: {} for name in encoding.units}
         self._models: dict[tuple[str, str], CostModel] = {}
         self._stale = set(encoding.units)
         self.predicted: list[tuple[float, float]] = []
@@ -54,35 +53,36 @@ class Ledger:
         if not known:
             return
         [key], variant = self._keys(row), row.variant
-        if key in self._place:
-            self._values[variant][self._place[key]].update(known)
+        if key in self._measured:
+            self._measured[key].update(known)
         else:
             if "latency_ms" in known and (variant, "latency_ms") in self._models:
                 self.predicted.append((float(np.exp(self._model_of(row, "latency_ms")[0][0])), known["latency_ms"]))
-            rows = self._rows.get(variant)
-            self._place[key] = 0 if rows is None else len(rows)
-            self._rows[variant] = row if rows is None else Rows.join([rows, row])
-            self._values.setdefault(variant, []).append(known)
+            self._measured[key] = known
+            latest = self._latest[variant]
+            latest[key] = row
+            if len(latest) > _MOST:
+                del latest[next(iter(latest))]
         self._stale.add(variant)
 
     def knows(self, rows: Rows) -> list[bool]:
         """Whether each plan was measured."""
-        return [key in self._place for key in self._keys(rows)]
+        return [key in self._measured for key in self._keys(rows)]
 
     def refit(self) -> None:
         """Fit the models of what is new."""
         for variant in sorted(self._stale):
             architecture = self._knowledge.architectures.get(variant, Architecture(()))
             for name in self.names:
-                values = [found.get(name) for found in self._values.get(variant, [])]
-                known = [i for i, value in enumerate(values) if value is not None][-_MOST:]
+                known = [key for key in self._latest[variant] if name in self._measured[key]]
                 dense = self._knowledge.dense.get(name) if variant == MODEL or not known else None
                 dense = _cost(name, dense) if dense else None
                 quantity = name if direction(name) == "minimize" else "latency_ms"
                 model = CostModel(self._encoding.units[variant], architecture, quantity=quantity, dense=dense)
                 if known:
-                    rows = self._rows[variant].take(known)
-                    model.fit(rows.levels, self._extra(rows), np.array([values[i] for i in known], dtype=np.float64))
+                    rows = Rows.join([self._latest[variant][key] for key in known])
+                    values = np.array([self._measured[key][name] for key in known], dtype=np.float64)
+                    model.fit(rows.levels, self._extra(rows), values)
                 self._models[variant, name] = model
         self._stale.clear()
 
@@ -93,14 +93,20 @@ class Ledger:
             rows: The plans.
             known: Take what was measured, without an error, where it was; else all are predicted.
         """
-        means, errors = zip(*(self._model_of(rows, name) for name in self.names), strict=True)
-        values, error = np.exp(np.stack(means, 1)), np.stack(errors, 1)
+        values, error = np.zeros((2, len(rows), len(self.names)))
+        unknown = []
         for position, key in enumerate(self._keys(rows)):
-            if known and key in self._place:
-                measured = self._values[rows.variant][self._place[key]]
-                for column, name in enumerate(self.names):
-                    if name in measured:
-                        values[position, column], error[position, column] = measured[name], 0.0
+            measured = self._measured.get(key, {}) if known else {}
+            values[position] = [measured.get(name, 0.0) for name in self.names]
+            if len(measured) < len(self.names):
+                unknown.append(position)
+        if unknown:
+            asked = rows.take(unknown)
+            for column, name in enumerate(self.names):
+                mean, sd = self._model_of(asked, name)
+                left = values[unknown, column] == 0.0  # nothing costs nothing
+                values[unknown, column] = np.where(left, np.exp(mean), values[unknown, column])
+                error[unknown, column] = np.where(left, sd, 0.0)
         for column, name in enumerate(self.names):
             values[:, column] = _cost(name, values[:, column])
         return values, error

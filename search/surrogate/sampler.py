@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from paretune.search.surrogate.knowledge import Knowledge
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
 
+_AT_ONCE = 8
+"""Of so many running trials, one more is planned at once: what comes of the first can't tell much about the last."""
+
 Measure = Callable[[CompressionPlan], Mapping[str, float] | None]
 """Deploys a plan untrained and tells what it costs, named as objectives are; None where it can't be deployed."""
 
@@ -38,7 +42,8 @@ class FrontSampler(BaseSampler):
     What a plan costs is predicted from those that were deployed, and the best few are deployed and measured, untrained,
     before one is chosen; only its accuracy is uncertain. A Gaussian process learns that over a few features: the
     damage that probes foresee, by technique, how much of the model is left, and how it is trained. Trials that are
-    still running count as what is believed of them, so that many workers don't propose the same plan.
+    still running count as what is believed of them, so that many workers don't propose the same plan; where there are
+    many, several plans are chosen together, and what was learnt meanwhile counts for the next ones.
 
     It serves any Optuna study whose parameters are those of a space (``study.ask(space.distributions())``).
 
@@ -76,7 +81,11 @@ class FrontSampler(BaseSampler):
         self._measured = measured
         self._results = results
         self._observed: set[int] = set()
-        self._is_stale = True
+        self._settled = 0
+        """All trials before this number have ended and were observed."""
+        self._running: dict[int, Rows] = {}
+        self._planned: deque[Rows] = deque()
+        self._is_stale, self._was_asked = True, False
         self._threads = ThreadpoolController()
 
     def reseed_rng(self) -> None:
@@ -99,26 +108,47 @@ class FrontSampler(BaseSampler):
         """Parameters of the next plan."""
         if search_space.keys() <= trial.system_attrs.get("fixed_params", {}).keys():
             return {}  # enqueued: nothing is left to choose
-        trials = [found for found in study.get_trials(deepcopy=False) if found.number != trial.number]
-        for found in trials:
-            if found.state.is_finished() and found.number not in self._observed:
-                self._observe(found, found.state, found.values)
-        with self._threads.limit(limits=1, user_api="blas"):  # matrices are small, and workers train on the cores
-            return self._chosen(trials)
+        self._was_asked = True
+        if not self._planned:
+            pending = self._look_at(study)
+            with self._threads.limit(limits=1, user_api="blas"):  # matrices are small, and workers train on the cores
+                self._learn()
+                measure, plans = self._cost_of if self._measure else None, 1 + len(pending) // _AT_ONCE
+                self._planned.extend(self._choice.next(pending, measure, self._measured, plans=plans))
+        return self._encoding.decode(self._planned.popleft())
 
-    def _chosen(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        self._learn()
-        running = (found.params for found in trials if found.state == TrialState.RUNNING)
-        pending = [self._encoding.encode(params) for params in running if params.keys() >= self._distributions.keys()]
-        return self._encoding.decode(
-            self._choice.next(pending, self._cost_of if self._measure else None, self._measured)
-        )
+    def _look_at(self, study: Study) -> list[Rows]:
+        """Observe the trials that ended; returns the plans of those that are running."""
+        trials = study.get_trials(deepcopy=False)
+        pending = []
+        for found in trials[self._settled :]:
+            if found.state.is_finished():
+                if found.number not in self._observed:
+                    self._observe(found, found.state, found.values)
+            elif found.state == TrialState.RUNNING and (row := self._row_of(found)):
+                self._running[found.number] = row
+                pending.append(row)
+        while self._settled < len(trials) and trials[self._settled].state.is_finished():
+            self._observed.discard(self._settled)
+            self._settled += 1
+        return pending
+
+    def _row_of(self, trial: FrozenTrial) -> Rows | None:
+        """The plan of a trial; None of one whose parameters aren't all drawn."""
+        if not trial.params.keys() >= self._distributions.keys():
+            return None
+        return self._running.get(trial.number) or self._encoding.encode(trial.params)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Learn from a trial when it is told, so that no time is lost when the next one is asked for."""
+        """Learn from a trial when it is told, so that no time is lost when the next one is asked for.
+
+        As long as there are plans left, or if none was asked for since, there is no hurry.
+        """
         self._observe(trial, state, values)
-        with self._threads.limit(limits=1, user_api="blas"):
-            self._learn()
+        if self._was_asked and not self._planned:
+            self._was_asked = False
+            with self._threads.limit(limits=1, user_api="blas"):
+                self._learn()
 
     def latency_errors(self) -> CostErrors | None:
         """How far off latencies were, each predicted before its plan was measured; None for none."""
@@ -128,13 +158,14 @@ class FrontSampler(BaseSampler):
     def _observe(self, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Take in a trial that ended; one that was killed before its last parameter was drawn says nothing."""
         self._observed.add(trial.number)
-        if not trial.params.keys() >= self._distributions.keys():
+        row = self._row_of(trial)
+        self._running.pop(trial.number, None)
+        if row is None:
             return
         known = self._results(trial) if self._results else ({}, None)
         if known is None:
             return
         costs, expected = known
-        row = self._encoding.encode(trial.params)
         self._is_stale = True
         told = dict(zip(self._objectives, values, strict=True)) if state == TrialState.COMPLETE and values else {}
         self._beliefs.ledger.note(row, {**costs, **told})

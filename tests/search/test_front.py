@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paretune.search.front import dominates, feasible, knee, pareto_front, violation
+from paretune.search.front import Front, dominates, feasible, knee, pareto_front, violation
 from paretune.search.job_types import Constraint
 
 TWO = ["accuracy", "latency_ms"]
@@ -106,6 +106,36 @@ def test_front_of_random_points(objectives: list[str], spread: float) -> None:
             beaten = any(dominates(other, points[i], objectives) for other in points)
             twin = any(_equal(points[i], points[j], objectives) for j in front)
             assert beaten or twin
+
+
+@pytest.mark.parametrize("objectives", [TWO, THREE], ids=["two", "three"])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.5], ids=["exact", "overlapping", "mostly overlapping"])
+def test_a_front_that_grows_is_that_of_all_points_so_far(objectives: list[str], spread: float) -> None:
+    rng = random.Random(1)
+    for _ in range(30):
+        points = [
+            point(rng.randint(0, 9) / 10, 8 * rng.random(), rng.randint(1, 3), spread=spread * rng.random())
+            for _ in range(20)
+        ]
+        front, before = Front(objectives), list[int]()
+        for count, added in enumerate(points):
+            known = points[: count + 1]
+            beaten = [any(dominates(other, one, objectives) for other in known) for one in known]
+            is_new = front.add(count, added)
+            assert not any(beaten[number] for number in front.members)
+            missing = [number for number, is_beaten in enumerate(beaten) if not is_beaten]
+            missing = [number for number in missing if number not in front.members]
+            assert all(any(_equal(known[i], known[j], objectives) for j in front.members) for i in missing)
+            assert is_new == (front.members != before)
+            before = front.members
+
+
+def test_a_front_forgets_what_never_matters_again() -> None:
+    rng = random.Random(2)
+    front = Front(TWO)
+    for number in range(2000):
+        front.add(number, point(rng.random(), rng.random(), spread=0.01))
+    assert len(front._uncovered) < 40
 
 
 def _equal(a: Point, b: Point, objectives: list[str]) -> bool:

@@ -20,7 +20,7 @@ from paretune.objectives.verify import Verified
 from paretune.search.front_json import SCHEMA, read_front
 from paretune.search.job_types import Constraint
 from paretune.search.problem import BASELINE
-from paretune.search.results import candidates, write_front, write_trials
+from paretune.search.results import write_front, write_trials
 from paretune.search.samplers import SAMPLERS
 from paretune.search.study import SearchStudy, study_url
 from paretune.spaces.plan import CompressionPlan
@@ -128,7 +128,7 @@ def test_infeasible_points_stay_out(tmp_path: Path) -> None:
     run = tmp_path / "small"
     study = new_study(run, bound="accuracy >= 0.85")
     tell(study, measurement(0.95, 4.0), measurement(0.9, 2.0), measurement(0.8, 1.0))
-    assert [row.number for row in candidates(study)] == [1, 0]
+    assert [row.number for row in study.front()] == [1, 0]
     write_front(run, study, "accuracy")
     assert [point["trial"] for point in load(run)["points"]] == [1, 0]
     found = {0: verified(run, 0, measurement(0.95, 4.0)), 1: verified(run, 1, measurement(0.84, 2.0))}
@@ -140,7 +140,7 @@ def test_stopped_trials_are_never_on_the_front(tmp_path: Path) -> None:
     run = tmp_path / "small"
     study = new_study(run)
     tell(study, measurement(0.9, 2.0), stopped(0.99, 0.99, latency=0.5, size=1), measurement(0.95, 4.0))
-    assert [row.number for row in candidates(study)] == [0, 2]
+    assert [row.number for row in study.front()] == [0, 2]
     write_front(run, study, "accuracy")
     assert [point["trial"] for point in load(run)["points"]] == [0, 2]
 

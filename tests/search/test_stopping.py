@@ -11,7 +11,7 @@ import pytest
 from paretune.objectives.progress import Rung
 from paretune.search.front import dominates
 from paretune.search.job_types import Constraint
-from paretune.search.stopping import CONFIDENCE, MIN_CURVES, SPARED, FrontStopping
+from paretune.search.stopping import CONFIDENCE, MIN_CURVES, MOST_CURVES, SPARED, FrontStopping
 
 OBJECTIVES = ("accuracy", "latency_ms")
 
@@ -67,6 +67,32 @@ def test_few_curves_stop_nothing() -> None:
     rule = taught(curves=2 * MIN_CURVES)
     assert rule.verdict(1, outline(4.0), HOPELESS) != ""
     assert rule.verdict(SPARED - 1, outline(4.0), HOPELESS) == "", "the model is kept honest"
+
+
+def test_what_must_be_exceeded_is_the_best_of_all_that_cost_no_more() -> None:
+    rng = np.random.default_rng(3)
+    rule = FrontStopping([*OBJECTIVES, "size_bytes"])
+    known = [metrics(*rng.random(2), size=float(rng.random()), half_width=0.02) for _ in range(200)]
+    for one in known:
+        rule.add(one, ())
+    for _ in range(50):
+        latency, size = rng.random(2)
+        # What was measured before the training may come out 5 % or 0.01 ms, and 1 %, lower.
+        low = min(latency / 1.02 * 0.95, latency / 1.02 - 0.01), size * 0.99
+        cheaper = [one for one in known if one["latency_high_ms"] <= low[0] and one["size_bytes"] <= low[1]]
+        expected = max((one["accuracy"] for one in cheaper), default=-math.inf)
+        assert rule.needed(outline(latency, size=float(size), half_width=0.02)) == expected
+    assert len(rule._front) < 60
+
+
+def test_old_curves_make_room_for_new_ones() -> None:
+    rule = FrontStopping(OBJECTIVES)
+    for number in range(2 * MOST_CURVES):
+        final = 0.3 if number < MOST_CURVES else 0.9  # the first ones lose all that they had
+        rule.add(metrics(final, 2.0), rungs(0.5 + number % 7 / 100, 0.7 + number % 7 / 100))
+    expected = rule.expected(rungs(0.53, 0.73))
+    assert expected is not None
+    assert expected[0] == pytest.approx(0.9, abs=0.02)
 
 
 def test_each_kind_is_foreseen_from_its_own() -> None:

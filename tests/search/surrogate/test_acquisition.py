@@ -46,3 +46,17 @@ def test_a_bound_leaves_what_is_below_it_without_worth() -> None:
     belief = Belief(top=1.0, mean=np.log([0.4]), sd=np.array([0.01]), noise=np.zeros(1))
     assert free(np.array([[0.5]]), belief)[0] == pytest.approx(0.5 * 0.2, rel=0.02)
     assert bound(np.array([[0.5]]), belief)[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("costs", [1, 2])
+def test_a_plan_that_joins_the_front_raises_it(costs: int) -> None:
+    rng = np.random.default_rng(costs)
+    front, accuracy = rng.uniform(0.3, 0.9, (6, costs)), rng.uniform(0.5, 0.9, 6)
+    ends = {"worst": np.full(costs, 1.0), "best": np.full(costs, 0.15), "least": 0.4}
+    belief = Belief(top=1.0, mean=np.log(rng.uniform(0.05, 0.4, 5)), sd=np.full(5, 0.3), noise=np.zeros(5))
+    plans = rng.uniform(0.2, 0.8, (5, costs))
+    before = Improvement(front[:4], accuracy[:4], **ends)
+    gains = before(plans, belief)
+    one_by_one = before.after(front[4], accuracy[4]).after(front[5], accuracy[5])
+    assert one_by_one(plans, belief) == pytest.approx(Improvement(front, accuracy, **ends)(plans, belief))
+    assert before(plans, belief) == pytest.approx(gains), "what it was made from stays"

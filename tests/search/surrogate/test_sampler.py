@@ -242,6 +242,73 @@ def test_many_workers_get_different_plans_from_the_start() -> None:
     assert len({(tuple(plan.prune.ratios.items()), tuple(plan.quantize.bits.items())) for plan in plans}) == 10
 
 
+def test_hundreds_of_workers_get_different_plans_along_the_whole_front() -> None:
+    sampler = make()
+    study = new_study(sampler)
+    trials = [study.ask(SPACE.distributions()) for _ in range(64)]
+    for trial in trials[:32]:
+        plan = SPACE.to_plan(trial.params)
+        study.tell(trial, [accuracy(plan), outline(plan)["latency_ms"]])
+    running = [SPACE.to_plan(study.ask(SPACE.distributions()).params) for _ in range(32)]
+    assert len({(tuple(plan.prune.ratios.items()), tuple(plan.quantize.bits.items())) for plan in running}) == 32
+    latency = [outline(plan)["latency_ms"] for plan in running]
+    assert max(latency) - min(latency) > 0.2
+    told = [SPACE.to_plan(trial.params) for trial in trials[:32]]
+    assert volume([*told, *running]) > 1.02 * volume(told)
+
+
+def test_several_plans_are_chosen_at_once_where_many_run() -> None:
+    sampler = make()
+    study = new_study(sampler)
+    trials = [study.ask(SPACE.distributions()) for _ in range(33)]
+    for trial in trials[:8]:
+        plan = SPACE.to_plan(trial.params)
+        study.tell(trial, [accuracy(plan), outline(plan)["latency_ms"]])
+    study.ask(SPACE.distributions())
+    assert len(sampler._planned) == 25 // 8, "a plan for each eight that run, and one that was given out"
+    study.tell(trials[8], [0.5, 0.5])
+    assert sampler._is_stale, "there is no hurry to learn as long as plans are left"
+
+
+def test_no_time_is_spent_on_learning_when_nothing_is_asked_any_more() -> None:
+    sampler = make()
+    study = new_study(sampler)
+    trials = [study.ask(SPACE.distributions()) for _ in range(8)]
+    stale = []
+    for trial in trials:
+        plan = SPACE.to_plan(trial.params)
+        study.tell(trial, [accuracy(plan), outline(plan)["latency_ms"]])
+        stale.append(sampler._is_stale)
+    assert stale == [False] + [True] * 7
+
+
+def test_what_it_keeps_in_mind_does_not_grow() -> None:
+    sampler = make(objectives=(*OBJECTIVES, "size_bytes"))
+    study = new_study(sampler, (*OBJECTIVES, "size_bytes"))
+    draw = np.random.default_rng(0)
+    points = []
+    for _ in range(700):
+        params = SPACE.to_params(SPACE.uniform())
+        params |= {f"prune/g{i}": 0.83 * draw.random() for i in range(LAYERS)}
+        found = values(SPACE.to_plan(params))
+        points.append(losses(found, (*OBJECTIVES, "size_bytes")))
+        made = optuna.trial.create_trial(
+            params=params,
+            distributions=SPACE.distributions(),
+            values=[found[name] for name in (*OBJECTIVES, "size_bytes")],
+        )
+        study.add_trial(made)
+    study.ask(SPACE.distributions())
+    seen, ledger = sampler._beliefs.seen, sampler._beliefs.ledger
+    assert (seen.count, len(seen.rows), len(seen.tried) > 600) == (700, 500, True)
+    assert len(ledger._latest["model"]) == 400
+    kept, trials = {tuple(row.levels[0]) for row in seen.rows}, study.get_trials(deepcopy=False)
+    for place, point in enumerate(points):
+        if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in points if other != point):
+            [row] = sampler._encoding.encode(trials[place].params).levels
+            assert tuple(row) in kept, "the front stays"
+
+
 def test_a_throughput_is_better_the_larger_it_is() -> None:
     objectives = ("accuracy", "throughput_per_s")
     study = optuna.create_study(directions=["maximize", "maximize"], sampler=make(objectives=objectives))
