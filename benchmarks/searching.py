@@ -32,6 +32,7 @@ from paretune.search.job_types import direction
 from paretune.search.problem import BASELINE, load_problem
 from paretune.search.run import resume, run
 from paretune.search.samplers import SAMPLERS
+from paretune.search.storage import TrialStorage
 from paretune.search.study import SearchStudy, TrialRow, open_storage, stored_rows
 from paretune.search.surrogate.sampler import FrontSampler
 from paretune.spaces.plan import CompressionPlan
@@ -141,10 +142,11 @@ def time_asking(name: str, storage: str, count: int, *, layers: int = 29, most: 
     all of them anew, isn't counted. Ends after a minute, but not before three proposals.
     """
     problem, draw, outlined = Synthetic("tolerant", seed=0, layers=layers), np.random.default_rng(0), list[float]()
+    backend = TrialStorage(open_storage(storage)) if storage else None
     study = optuna.create_study(
         directions=list(map(direction, OBJECTIVES)),
         sampler=synthetic_sampler(name, problem, 0, outlined),
-        storage=open_storage(storage) if storage else None,
+        storage=backend,
     )
     distributions = problem.space.distributions()
 
@@ -159,6 +161,8 @@ def time_asking(name: str, storage: str, count: int, *, layers: int = 29, most: 
     while len(asked) <= most and (len(asked) < 4 or time.perf_counter() - start < 60):
         marks = [time.perf_counter()]
         trial = study.ask(distributions)
+        if backend:
+            backend.flush()  # as a run's study does
         marks.append(time.perf_counter())
         values = measured(problem.space.to_plan(trial.params))
         marks.append(time.perf_counter())
@@ -213,7 +217,8 @@ def make_case_job(case: Case, base: Path, runs: Path) -> Job:
     if case.seconds:
         # Workers wait for each other while one measures, so that they work less than the clock says; some more
         # time makes sure that the budget is spent, and what is beyond it isn't counted.
-        overrides.append(f"search.timeout={1.25 * case.seconds / case.workers + 20}")
+        waiting = 1.25 if case.workers > 1 else 1.0
+        overrides.append(f"search.timeout={waiting * case.seconds / case.workers + 20}")
     short = load_job(base, overrides).finetune.epochs  # no longer training of what is verified
     return load_job(base, [*overrides, f"verify.epochs={short}"])
 

@@ -90,8 +90,8 @@ def check(
     Raises:
         JobError: Something is wrong with the job.
     """
-    floats = float_widths(job)
     problem = load_problem(job)
+    floats = float_widths(job, problem)
     analysis = problem.analyse()
     with TemporaryDirectory(prefix="paretune-check-") as folder:
         baseline, seconds = _timed(

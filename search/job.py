@@ -24,6 +24,7 @@ from paretune.search.job_sections import (
     MainModelSection,
     ModelSection,
     NamedTarget,
+    RaySection,
     SearchSection,
     SpaceSection,
     TargetSection,
@@ -82,6 +83,7 @@ class Job(Section):
         description="Bounds such as 'accuracy >= 0.9' or 'latency_ms <= 5' that the front must keep.",
     )
     search: SearchSection = Field(default=SearchSection(), description="How long to search, and how.")
+    ray: RaySection = Field(default=RaySection(), description="The cluster, for search.executor: ray.")
     verify: VerifySection = Field(default=VerifySection(), description="How the front is verified.")
     storage: str | None = Field(
         default=None, description="Database URL of the Optuna study; null: SQLite in the run folder."

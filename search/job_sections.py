@@ -361,7 +361,9 @@ class SearchSection(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of the trials, in [0, 2^32).")
     workers: int = Field(default=1, ge=1, description="Trials at a time, each in a process of its own.")
-    executor: Literal["local"] = Field(default="local", description="Where the workers run: local.")
+    executor: Literal["local", "ray"] = Field(
+        default="local", description="Where the workers run: local, or ray, on the cluster that the section ray names."
+    )
     trial_timeout: float = Field(
         default=900.0, gt=0, description="Seconds after which a trial is stopped as failed, > 0."
     )
@@ -376,6 +378,44 @@ class SearchSection(Section):
         if self.trials is None and self.timeout is None:
             raise RuleError("must end", "trials: null and timeout: null", "give search.trials or search.timeout")
         return self
+
+
+class TrialResources(Section):
+    """What a trial's worker takes of a Ray node."""
+
+    cpu: float = Field(default=1.0, gt=0, description="Cores, > 0; a worker trains with as many threads, at least 1.")
+    gpu: float = Field(default=0.0, ge=0, description="GPUs, >= 0; a fraction shares one.")
+    memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Memory that Ray reserves, in GB; null: none."
+    )
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Custom resources of Ray, name to amount."
+    )
+
+
+class RaySection(Section):
+    """The Ray cluster on which a job with search.executor: ray runs."""
+
+    address: str | None = Field(
+        default=None, description="Of the cluster, e.g. auto or HOST:6379; null: one is started on this machine."
+    )
+    resources: TrialResources = Field(default=TrialResources(), description="What each trial's worker takes.")
+    measure: str | None = Field(
+        default=None,
+        description="Custom resource of the nodes on which everything is measured, one at a time on each, with nothing "
+        "of ours beside it; null: the node on which the search itself runs.",
+    )
+    storage: str | None = Field(
+        default=None,
+        description="Folder or URL (fsspec, e.g. s3://bucket/folder) that all nodes reach, for artifacts on their way; "
+        "null: Ray's object store.",
+    )
+    retries: int = Field(
+        default=1, ge=0, description="How often a trial is begun again whose worker died; then it fails."
+    )
+    runtime_env: dict[str, Any] = Field(
+        default={}, description="Ray's runtime environment of all workers, e.g. working_dir, pip, env_vars."
+    )
 
 
 class VerifySection(Section):

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,18 @@ from typing import Any
 import cloudpickle
 
 from paretune.errors import SearchError
-from paretune.search.executor import Executor, Outcome, Progress
+from paretune.objectives.baseline import Baseline
+from paretune.objectives.evaluate import Evaluator
+from paretune.objectives.problem import Problem
+from paretune.objectives.verify import Verified
+from paretune.search.executor import Executor, Outcome, Progress, Report, Work
 from paretune.search.job import Job
-from paretune.search.requests import Request
+from paretune.search.outline import outline
+from paretune.search.preparation import learn_run, prepare_run
+from paretune.search.problem import BASELINE, load_problem
+from paretune.search.profile import Profile
+from paretune.search.requests import Request, Verify
+from paretune.spaces.plan import CompressionPlan
 
 _START_SECONDS = 600.0
 """A worker that takes longer to load the model and the data hangs; a trial's own deadline begins after that."""
@@ -32,8 +43,78 @@ _DYING_SECONDS = 5.0
 """A worker whose pipe is closed is about to exit; killed at once, it would look as if it ran out of memory."""
 
 
+_POLL = 1.0
+
+
 class LocalExecutor(Executor):
-    """Runs requests on this machine.
+    """Trains and measures on this machine.
+
+    Args:
+        job: What is run.
+        run: The run folder.
+    """
+
+    def __init__(self, job: Job, run: Path) -> None:
+        self._job = job
+        self._run = run
+        self._pool: WorkerPool | None = None
+
+    @cached_property
+    def problem(self) -> Problem:
+        return load_problem(self._job)
+
+    def prepare(self, folder: Path, report: Report) -> Profile:
+        return prepare_run(self._job, self.problem, folder, report)
+
+    def learn(self, folder: Path, profile: Profile, report: Report) -> None:
+        learn_run(self._job, self.problem, folder, profile, report)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.problem, Baseline(self._run / BASELINE))
+
+    def outline(self, plan: CompressionPlan) -> dict[str, float] | str:
+        return outline(self._evaluator, plan, self._job.search.seed)
+
+    def run(self, work: Work) -> None:
+        workers = self._job.search.workers
+        self._pool = self._pool or WorkerPool(self._job, self._run, workers=workers)
+        running = 0
+        while True:
+            while self._pool.free > 0 and (given := work.next()):
+                self._pool.submit(given.number, given.request, deadline=given.deadline)
+                running += 1
+            if not running and work.is_over:
+                return
+            for event in self._pool.wait(_POLL):
+                if isinstance(event, Outcome):
+                    running -= 1
+                    work.ended(event)
+                elif work.progress(event):
+                    self._pool.stop(event.number)
+
+    def verify(self, folders: Sequence[Path], *, rounds: int, deadline: float) -> list[Verified]:
+        self.close()
+        fresh = WorkerPool(self._job, self._run, workers=1)
+        try:
+            fresh.submit(0, Verify(folders, rounds), deadline=deadline)
+            while not (outcomes := [event for event in fresh.wait(_POLL) if isinstance(event, Outcome)]):
+                pass
+        finally:
+            fresh.close()
+        if outcomes[0].error:
+            raise SearchError(f"the front must be measured afresh, but that failed: {outcomes[0].error}")
+        found: list[Verified] = outcomes[0].result
+        return found
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+class WorkerPool:
+    """Runs requests in processes of this machine. Its owner submits while `free` is positive, then waits.
 
     Workers are programs of their own and not forks: a fork would copy the threads' locks of torch and OpenVINO, and
     spawning through multiprocessing would run the user's script again.
@@ -42,6 +123,9 @@ class LocalExecutor(Executor):
         job: What each worker loads.
         run: The run folder; the workers' output is appended to its `workers.log`.
         workers: How many, at least 1. Each trains with its share of the cores.
+
+    Attributes:
+        free: How many requests can be submitted now.
     """
 
     def __init__(self, job: Job, run: Path, *, workers: int) -> None:
@@ -54,6 +138,7 @@ class LocalExecutor(Executor):
         self._size = workers
 
     def submit(self, number: int, request: Request, *, deadline: float) -> None:
+        """Begin a request; `number` names it in its outcome. It is stopped after `deadline` seconds."""
         for dead in [worker for worker in self._workers if worker.is_dead()]:
             self._workers.remove(dead)
             dead.kill()
@@ -65,6 +150,14 @@ class LocalExecutor(Executor):
         self.free -= 1
 
     def wait(self, timeout: float) -> list[Outcome | Progress]:
+        """What ended or got on since the last call, in its order for each request; blocks up to `timeout` seconds.
+
+        A request that got on doesn't wait for an answer. One whose worker died, or that overran its deadline, ends
+        with an error; the worker is replaced.
+
+        Raises:
+            SearchError: No worker can be started.
+        """
         end = time.monotonic() + timeout
         events: list[Outcome | Progress] = []
         while not events:
@@ -82,11 +175,13 @@ class LocalExecutor(Executor):
         return events
 
     def stop(self, number: int) -> None:
+        """Ask a request to end early; no answer is waited for. It may end as if it hadn't been asked, or have ended."""
         for worker in self._workers:
             if worker.number == number:
                 worker.send(cloudpickle.dumps(number))
 
     def close(self) -> None:
+        """End all workers at once, with what they run."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.finetune import TrainOptions
 from paretune.objectives.models import ModelSource
 from paretune.objectives.problem import Problem
-from paretune.objectives.runtimes import Capabilities, Target, get_runtime
+from paretune.objectives.runtimes import Capabilities, Target
 from paretune.objectives.tasks import load_task
 from paretune.search.job import Job
 from paretune.search.job_sections import ModelSection, TargetSection
@@ -23,8 +23,12 @@ BASELINE = "baseline"
 """Folder of the dense artifact in a run."""
 
 
-def load_problem(job: Job) -> Problem:
+def load_problem(job: Job, capabilities: Mapping[str, Capabilities] | None = None) -> Problem:
     """Import, load and check everything that a job names.
+
+    Args:
+        job: What is run.
+        capabilities: What the targets execute, by name, where they are on another machine.
 
     Raises:
         JobError: Something of it is wrong.
@@ -41,6 +45,7 @@ def load_problem(job: Job) -> Problem:
         teachers=_teachers(job),
         exclude=tuple(job.space.exclude),
         variants={name: _source(section, f"model.variants.{name}") for name, section in job.model.variants.items()},
+        capabilities=capabilities or {},
     )
     for position, site in enumerate(problem.sites.values()):
         with _naming(f"targets[{position}]" if others else "target"):
@@ -85,13 +90,13 @@ def load_evaluator(job: Job, run: Path) -> Evaluator:
     return Evaluator(problem, Baseline(run / BASELINE))
 
 
-def float_widths(job: Job) -> tuple[int, ...]:
-    """Float widths among which the job lets the baseline choose.
+def float_widths(job: Job, problem: Problem) -> tuple[int, ...]:
+    """Float widths among which the job lets the baseline choose, on its first target.
 
     Raises:
         JobError: A width that the target's runtime doesn't execute, or two float widths.
     """
-    capabilities = _capabilities(job)
+    capabilities = problem.site.capabilities
     if job.space.bits == "auto":
         return capabilities.float_bits
     known = set(capabilities.float_bits).union(*capabilities.integer_bits.values())
@@ -114,11 +119,3 @@ def float_widths(job: Job) -> tuple[int, ...]:
             "leave one out, or use auto, which takes the faster",
         )
     return floats or capabilities.float_bits
-
-
-def _capabilities(job: Job) -> Capabilities:
-    return of_target(job.target)
-
-
-def of_target(target: TargetSection) -> Capabilities:
-    return get_runtime(target.runtime, target.options).capabilities(target.device)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +15,10 @@ from paretune.errors import JobError
 from paretune.objectives.baseline import Baseline, make_baseline, profile
 from paretune.objectives.compress.layers import why_special
 from paretune.objectives.compress.quantization import QUANTIZABLE
-from paretune.objectives.compress.schemes import Schemes, merge
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.problem import Problem
 from paretune.objectives.staircase import Staircase, staircases, useful_counts
 from paretune.search.job import Job
-from paretune.search.problem import of_target
 from paretune.search.techniques import Tried, restrict, try_techniques, whole_space
 from paretune.spaces.analysis import EXCLUDED, Analysis
 from paretune.spaces.make import make_space
@@ -105,7 +102,7 @@ def profile_job(
             dense = make_baseline(own, analysed, Path(folder) / "baseline", float_bits=(float_bits,))
             variants[name] = replace(profile(own, dense, analysed), counts=analysis.counts)
     space = _whole_space(job, problem, analysis, variants, float_bits)
-    schemes = _schemes(job)
+    schemes = problem.schemes
 
     def executes(layer: str, width: int, activations: str) -> bool:
         alone = width in schemes and schemes[width].weights_alone
@@ -163,7 +160,7 @@ def _whole_space(
         importance=tuple(space.importance),
         schedules=tuple(space.schedule),
         methods=tuple(space.method),
-        patterns=_patterns(job),
+        patterns=_patterns(job, problem),
         max_sparsity=space.max_sparsity,
         clusters=tuple(space.clusters),
         observers=tuple(space.observer),
@@ -175,7 +172,7 @@ def _whole_space(
         distillation_weight=space.distillation_weight if teaches else (0.0, 0.0),
         hint_weight=space.hint_weight,
         learning_rate=space.learning_rate,
-        multiples={width: scheme.least_block for width, scheme in _schemes(job).items() if scheme.block},
+        multiples={width: scheme.least_block for width, scheme in problem.schemes.items() if scheme.block},
     )
 
     def of(problem: Problem, analysis: Analysis) -> SearchSpace:
@@ -186,11 +183,11 @@ def _whole_space(
     return replace(of(problem, analysis), variants=own)
 
 
-def _patterns(job: Job) -> tuple[str, ...]:
+def _patterns(job: Job, problem: Problem) -> tuple[str, ...]:
     """What sparse weights may look like; by default also what every target has kernels for."""
     if job.space.pattern != "auto":
         return tuple(job.space.pattern)
-    known = [of_target(target).sparse_patterns for target in (job.target, *job.targets[1:])]
+    known = [site.capabilities.sparse_patterns for site in problem.sites.values()]
     return ("unstructured", *(pattern for pattern in known[0] if all(pattern in other for other in known)))
 
 
@@ -247,8 +244,3 @@ def _profile_target(
     report("measuring at which channel counts the target gets faster (remembered for the next run)")
     found = staircases(problem.target, analysis, baseline.float_bits[""], fresh=fresh)
     return replace(analysis, counts=useful_counts(found)) if probes else analysis, found
-
-
-def _schemes(job: Job) -> Schemes:
-    """How quantized layers must be quantized to run on every target."""
-    return reduce(merge, (of_target(target).schemes for target in (job.target, *job.targets[1:])))

@@ -5,40 +5,32 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from paretune.errors import JobError, SearchError
-from paretune.objectives.accelerator import release_memory
-from paretune.objectives.baseline import Baseline, make_baseline
-from paretune.objectives.environment import environment
-from paretune.objectives.measurement import Measurement
-from paretune.objectives.problem import Problem
-from paretune.search.executor import make_executor
+from paretune.objectives.baseline import Baseline
+from paretune.search.executor import Executor, Report, make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
-from paretune.search.preparation import prepare
-from paretune.search.problem import BASELINE, float_widths, load_problem
-from paretune.search.profile import Profile, make_job_space, profile_job
+from paretune.search.preparation import read_knowledge
+from paretune.search.problem import BASELINE, float_widths
+from paretune.search.profile import Profile, make_job_space
 from paretune.search.report import write_report
-from paretune.search.results import candidates, write_trials
+from paretune.search.results import write_trials
 from paretune.search.samplers import NOTHING, SAMPLERS, Known
-from paretune.search.study import SearchStudy, check_new_study, stored_rows, study_url
+from paretune.search.signals import sigterm_raises
+from paretune.search.study import SearchStudy, check_new_study, results_of, stored_rows, study_url
 from paretune.search.surrogate.sampler import FrontSampler
-from paretune.search.trials import run_trials
+from paretune.search.trials import Trials
 from paretune.search.verify_front import verify_front
-from paretune.spaces.analysis import Analysis
+from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.space import SearchSpace
-
-Report = Callable[[str], None]
-"""Takes a line for the user."""
 
 
 def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = None) -> Path:
@@ -56,11 +48,7 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
         JobError: The job is wrong; nothing was spent.
         SearchError: No trial succeeded, or none is feasible.
     """
-    if isinstance(job, str | Path):
-        job = load_job(job)
-    elif not isinstance(job, Job):
-        job = make_job(job)
-    report = report or _to_stderr
+    job = _as_job(job)
     folder = Path(job.results) / job.name
     if folder.exists():
         raise JobError(
@@ -69,21 +57,8 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
             f"{job.name!r}, and {folder} exists",
             f"go on with `paretune resume {folder}`, or choose another name (-o name=…)",
         )
-    check_new_study(job)
-    floats = float_widths(job)
-    problem = load_problem(job)
-    analysis = problem.analyse()
-    report(
-        f"{job.name}: {len(analysis.groups)} groups to prune, {len(analysis.frozen)} layers frozen, "
-        f"{analysis.params:,} parameters, {analysis.macs:,} MACs"
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}-") as made:
-        prepared = Path(made) / job.name
-        profile = _prepare(job, problem, analysis, prepared, floats, report)
-        # In one step, so that a job that can't be deployed leaves no run behind, and a run is never half made.
-        prepared.rename(folder)
-    return _search(job, folder, problem, profile, report)
+    with open_search(job, report=report) as search:
+        return search.run()
 
 
 def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, report: Report | None = None) -> Path:
@@ -100,13 +75,26 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     folder = Path(folder)
     if not (folder / "job.yaml").is_file():
         raise JobError("run", "must be a run folder with a job.yaml", folder, "name a folder below results/")
-    if job is None:
-        job = load_job(folder / "job.yaml")
-    elif not isinstance(job, Job):
-        job = make_job(job)
-    report = report or _to_stderr
-    problem = load_problem(job)
-    return _search(job, folder, problem, Profile.read(folder, problem), report)
+    with _opened(_as_job(job or folder / "job.yaml"), folder, report or _to_stderr) as search:
+        return search.run()
+
+
+@contextmanager
+def open_search(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = None) -> Iterator[Search]:
+    """Open the run of a job, a new one or one that was stopped, for whoever wants to carry its trials out themselves.
+
+    The block holds the run's lock. When it ends, so do the workers, and the files of the run are brought up to date.
+
+    Args:
+        job: As for `run`.
+        report: As for `run`.
+
+    Raises:
+        JobError: The job is wrong, or the run is open elsewhere.
+    """
+    job = _as_job(job)
+    with _opened(job, Path(job.results) / job.name, report or _to_stderr) as search:
+        yield search
 
 
 def refresh_trials(folder: Path) -> None:
@@ -119,82 +107,124 @@ def refresh_trials(folder: Path) -> None:
         write_trials(folder, stored_rows(job, folder))
 
 
-def _prepare(
-    job: Job, problem: Problem, analysis: Analysis, folder: Path, floats: tuple[int, ...], report: Report
-) -> Profile:
-    """Make a run folder: the job, the environment, the measured baseline, what the targets make of the model."""
-    folder.mkdir()
-    (folder / "job.yaml").write_text(job.to_yaml())
-    _write_json(folder / "environment.json", environment())
-    baseline = make_baseline(problem, analysis, folder / BASELINE, float_bits=floats)
-    _check_measurable(job, baseline.measurement)
-    profile = profile_job(job, problem, baseline, analysis, report=report)
-    release_memory()
-    make_job_space(job, problem, profile, baseline.float_bits[""])  # so that a space that can't be made leaves no run
-    profile.write(folder)
-    for name, measured in baseline.measurement.on.items():
-        report(
-            f"baseline{f' on {name}' if name else ''}: {problem.task.metric_name} {measured.accuracy:.4f}, "
-            f"{measured.latency_ms:.3f} ms as {baseline.card.deployed[name].float_format}, "
-            f"{measured.size_bytes:,} bytes"
-        )
-    for one in profile.tried:
-        report(f"{one.technique} ({one.setting}): {'offered' if one.offered else 'not offered'}, {one.reason}")
+class Search:
+    """An open run.
+
+    Attributes:
+        job: What is searched.
+        folder: The run folder.
+        executor: Where the work is done.
+        study: Proposes, and is told.
+        trials: What there is to evaluate.
+    """
+
+    def __init__(self, job: Job, folder: Path, executor: Executor, study: SearchStudy, report: Report) -> None:
+        self.job = job
+        self.folder = folder
+        self.executor = executor
+        self.study = study
+        self._metric = executor.problem.task.metric_name
+        self._report = report
+        self.trials = Trials(job, folder, study, self._metric, executor.problem.device(), report)
+
+    def run(self) -> Path:
+        """Carry the trials out and finish; returns the run folder; see `paretune.search.run.run`."""
+        self.executor.run(self.trials)
+        return self.finish()
+
+    def finish(self) -> Path:
+        """Verify the front and write the report, once the budget is spent; returns the run folder.
+
+        Raises:
+            SearchError: No trial succeeded, or none is feasible.
+        """
+        sampler = self.study.sampler
+        errors = sampler.latency_errors() if isinstance(sampler, FrontSampler) else None
+        if errors and errors.plans > 2:
+            self._report(f"latency model: {errors}, each foreseen before it was measured")
+            _write_json(self.folder / "latency_model.json", asdict(errors))
+        if not self.trials.begun and _is_verified(self.folder):
+            self._report("nothing is left to do: the budget is spent and the front is verified")
+        elif not self.study.front():
+            raise SearchError(_why_nothing(self.study))
+        else:
+            verify_front(self.job, self.folder, self.study, self.executor, self._metric, self._report)
+            self.close()
+            write_report(self.folder)
+            self._report(f"report: {self.folder / 'report.html'}")
+        if not read_front(self.folder)["points"]:
+            bounds = ", ".join(map(str, self.job.constraints))
+            raise SearchError(f"a verified point must keep all of {bounds}, but none did; loosen them or search longer")
+        return self.folder
+
+    def close(self) -> None:
+        """End the workers with what they run, and bring the files up to date."""
+        self.executor.close()
+        for unfinished in self.folder.glob("trials/*/.unfinished-*"):  # of workers that were killed
+            shutil.rmtree(unfinished)
+        write_trials(self.folder, self.study.rows())
+
+
+@contextmanager
+def _opened(job: Job, folder: Path, report: Report) -> Iterator[Search]:
+    """Open a run, which is made where there is none yet."""
+    is_new = not folder.exists()
+    if is_new:
+        check_new_study(job)
+    with sigterm_raises(), ExitStack() as stack:
+        if not is_new:
+            stack.enter_context(_alone(folder))
+        executor = stack.enter_context(closing(make_executor(job, folder)))
+        if is_new:
+            profile = _prepared(job, folder, executor, report)
+            stack.enter_context(_alone(folder))
+        else:
+            profile = Profile.read(folder, executor.problem)
+        executor.learn(folder, profile, report)
+        study = _study(job, folder, executor, profile, report)
+        yield stack.enter_context(closing(Search(job, folder, executor, study, report)))
+
+
+def _prepared(job: Job, folder: Path, executor: Executor, report: Report) -> Profile:
+    """Make the run folder."""
+    float_widths(job, executor.problem)  # what is wrong with either is said before anything is made
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}-") as made:
+        prepared = Path(made) / job.name
+        profile = executor.prepare(prepared, report)
+        # In one step, so that a job that can't be deployed leaves no run behind, and a run is never half made.
+        prepared.rename(folder)
     return profile
 
 
-def _check_measurable(job: Job, measured: Measurement) -> None:
-    """Raise JobError for an objective or a bound on what the targets don't give, e.g. the energy of a CPU."""
-    known = measured.to_dict()
-    bounds = [constraint.name for constraint in job.constraints]
-    for key, names in (("objectives", job.objectives), ("constraints", bounds)):
-        for position, name in enumerate(names):
-            if name not in known:
-                rule = "must be something that its target tells"
-                remedy = f"choose among {', '.join(known)}"
-                raise JobError(f"{key}[{position}]", rule, repr(name), remedy)
-
-
-def _search(job: Job, folder: Path, problem: Problem, profile: Profile, report: Report) -> Path:
-    with _alone(folder):
-        return _search_alone(job, folder, problem, profile, report)
-
-
-def _search_alone(job: Job, folder: Path, problem: Problem, profile: Profile, report: Report) -> Path:
-    metric = problem.task.metric_name
-    space = make_job_space(job, problem, profile, Baseline(folder / BASELINE).float_bits[""])
-    known = prepare(job, folder, problem, profile, space, report)
+def _study(job: Job, folder: Path, executor: Executor, profile: Profile, report: Report) -> SearchStudy:
+    """The study of a run, ready to propose."""
+    space = make_job_space(job, executor.problem, profile, Baseline(folder / BASELINE).float_bits[""])
+    known = _known(job, folder, executor, report)
     study = open_study(job, folder, space, known)
     if known.knowledge and not study.spent_seconds:
         study.spent_seconds = sum(known.knowledge.seconds.values())  # what was learnt first is part of the search
     if lost := study.recover():
         report(f"{lost} unfinished trials are begun anew")
     _enqueue(job, study, space)
-    executor = make_executor(job, folder, workers=job.search.workers)
-    with _sigterm_raises():
-        try:
-            begun = run_trials(job, folder, study, executor, metric, problem.device(), report)
-            errors = study.sampler.latency_errors() if isinstance(study.sampler, FrontSampler) else None
-            if errors and errors.plans > 2:
-                report(f"latency model: {errors}, each foreseen before it was measured")
-                _write_json(folder / "latency_model.json", asdict(errors))
-            if not begun and _is_verified(folder):
-                report("nothing is left to do: the budget is spent and the front is verified")
-                return folder
-            if not candidates(study):
-                raise SearchError(_why_nothing(study))
-            verify_front(job, folder, study, executor, metric, report)
-        finally:
-            executor.close()
-            for unfinished in folder.glob("trials/*/.unfinished-*"):  # of workers that were killed
-                shutil.rmtree(unfinished)
-            write_trials(folder, study.rows())
-    write_report(folder)
-    report(f"report: {folder / 'report.html'}")
-    if not read_front(folder)["points"]:
-        bounds = ", ".join(map(str, job.constraints))
-        raise SearchError(f"a verified point must keep all of {bounds}, but none did; loosen them or search longer")
-    return folder
+    return study
+
+
+def _known(job: Job, folder: Path, executor: Executor, report: Report) -> Known:
+    """What a sampler may use; `front` also has plans measured."""
+
+    def measure(plan: CompressionPlan) -> Mapping[str, float] | None:
+        found = executor.outline(plan)
+        if isinstance(found, str):
+            report(f"a plan can't be deployed, so it isn't proposed: {found}")
+            return None
+        return found
+
+    objectives, constraints = tuple(job.all_objectives), tuple(job.constraints)
+    knowledge = read_knowledge(folder)
+    if knowledge is None:
+        return Known(objectives, constraints)
+    return Known(objectives, constraints, knowledge, measure, results_of)
 
 
 def open_study(job: Job, folder: Path, space: SearchSpace, known: Known = NOTHING) -> SearchStudy:
@@ -240,6 +270,12 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
+def _as_job(job: Job | Mapping[str, Any] | str | Path) -> Job:
+    if isinstance(job, str | Path):
+        return load_job(job)
+    return job if isinstance(job, Job) else make_job(job)
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - the search's progress is for people
 
@@ -260,20 +296,3 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise JobError("run", "must not be searched by two at once", folder, "wait for the other one") from error
         yield
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the search as Ctrl-C does, with the workers stopped and the files written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

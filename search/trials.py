@@ -13,7 +13,7 @@ from typing import Any
 from paretune.objectives.device import Device
 from paretune.objectives.measurement import Record
 from paretune.objectives.progress import Stopped
-from paretune.search.executor import Executor, Outcome, Progress
+from paretune.search.executor import Assignment, Outcome, Progress, Work
 from paretune.search.job import Job
 from paretune.search.requests import Evaluate
 from paretune.search.results import write_front
@@ -22,82 +22,127 @@ from paretune.search.study import Proposal, SearchStudy
 from paretune.spaces.plan import CompressionPlan
 from paretune.spaces.settings import INTEGER
 
-_POLL = 1.0
-
 _KEPT = ("dense", "variant", "enqueued")
 """Sources of plans that are always trained to their end: the dense model and the variants as what all else is compared
 with, and those that the user asked for by name, who wants to know what they are worth."""
 
 
-def run_trials(
-    job: Job,
-    folder: Path,
-    study: SearchStudy,
-    executor: Executor,
-    metric: str,
-    device: Device,
-    report: Callable[[str], None],
-) -> int:
-    """Propose, evaluate, tell, until the budget is spent; returns how many trials were begun.
+class Trials(Work):
+    """The trials of a study: proposed until the budget is spent, ended early where they can't reach the front, told.
 
     Args:
         job: What to do.
         folder: The run folder.
         study: Proposes and is told.
-        executor: Evaluates.
         metric: What the task calls its accuracy.
-        device: Where trials compute; the sampler does it there too.
+        device: Where this process computes; the sampler does it there too.
         report: Takes a line for each trial.
     """
-    before = begun = study.proposed()
-    start = time.monotonic() - study.spent_seconds
-    end = start + job.search.timeout if job.search.timeout else math.inf
-    limit = job.search.trials or sys.maxsize
-    running: dict[int, Proposal] = {}
-    stopping = _Stopping(job, study, executor)
-    while True:
-        # However long it took to learn what the sampler wants to know, one trial is made.
-        while executor.free > 0 and begun < limit and (time.monotonic() < end or not begun):
-            with device.shared():  # samplers compute too, and somebody may be measuring
-                proposal = study.propose()
-            begun += 1
-            running[proposal.number] = proposal
-            executor.submit(proposal.number, _request(job, folder, proposal), deadline=job.search.trial_timeout)
-        if not running:
-            return begun - before
-        for event in executor.wait(_POLL):
-            if isinstance(event, Progress):
-                stopping.look_at(event, running[event.number])
-                continue
-            proposal = running.pop(event.number)
-            with device.shared():  # samplers learn when they are told
-                line = _tell(folder, study, stopping, proposal, event, metric)
-            study.spent_seconds = time.monotonic() - start
-            if not isinstance(event.result, Stopped):
-                write_front(folder, study, metric)
-            report(line)
 
-
-class _Stopping:
-    """Applies the rule to what the executor tells of running trials, if the job wants it."""
-
-    def __init__(self, job: Job, study: SearchStudy, executor: Executor) -> None:
-        self.rule = FrontStopping(study.objectives, study.constraints)
-        self.reasons: dict[int, str] = {}
-        self._is_on = job.search.stopping == "front"
-        self._executor = executor
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        study: SearchStudy,
+        metric: str,
+        device: Device,
+        report: Callable[[str], None],
+    ) -> None:
+        self._job = job
+        self._folder = folder
+        self._study = study
+        self._metric = metric
+        self._device = device
+        self._report = report
+        self._before = self._begun = study.proposed()
+        self._start = time.monotonic() - study.spent_seconds
+        self._end = self._start + job.search.timeout if job.search.timeout else math.inf
+        self._running: dict[int, Proposal] = {}
+        self._reasons: dict[int, str] = {}
+        self._front_is_stale = True  # a run that was killed may not have written its last one
+        self._rule = FrontStopping(study.objectives, study.constraints)
         for row in study.rows():
             if row.record and row.plan:
-                self.rule.add(row.measurement.to_dict(), row.rungs, kind_of(row.plan))
+                self._rule.add(row.measurement.to_dict(), row.rungs, kind_of(row.plan))
 
-    def look_at(self, progress: Progress, proposal: Proposal) -> None:
-        """Ask a trial to end that can't reach the front any more."""
+    @property
+    def begun(self) -> int:
+        """How many trials were begun here."""
+        return self._begun - self._before
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent; however long it took to learn what the sampler wants to know, one is made."""
+        is_late = self._begun > 0 and time.monotonic() >= self._end
+        return is_late or self._begun >= (self._job.search.trials or sys.maxsize)
+
+    def next(self) -> Assignment | None:
+        """Propose a plan."""
+        if self.is_over:
+            return None
+        with self._device.shared():  # samplers compute too, and somebody may be measuring
+            proposal = self._study.propose()
+        self._begun += 1
+        self._running[proposal.number] = proposal
+        return Assignment(proposal.number, self._request(proposal), self._job.search.trial_timeout)
+
+    def progress(self, progress: Progress) -> bool:
+        """Whether a trial can't reach the front any more."""
         number = progress.number
-        if not self._is_on or proposal.source in _KEPT or number in self.reasons:
-            return
-        if reason := self.rule.verdict(number, progress.outline, progress.rungs, kind_of(proposal.plan)):
-            self.reasons[number] = reason
-            self._executor.stop(number)
+        proposal = self._running[number]
+        if self._job.search.stopping != "front" or proposal.source in _KEPT:
+            return False
+        if number not in self._reasons:
+            reason = self._rule.verdict(number, progress.outline, progress.rungs, kind_of(proposal.plan))
+            if not reason:
+                return False
+            self._reasons[number] = reason
+        return True
+
+    def ended(self, outcome: Outcome) -> None:
+        """Store what came of a trial, and learn from it."""
+        proposal = self._running.pop(outcome.number)
+        with self._device.shared():  # samplers learn when they are told
+            line = self._tell(proposal, outcome)
+        self._study.spent_seconds = time.monotonic() - self._start
+        if self._front_is_stale:
+            write_front(self._folder, self._study, self._metric)
+            self._front_is_stale = False
+        self._report(line)
+
+    def _request(self, proposal: Proposal) -> Evaluate:
+        trial = self._folder / "trials" / str(proposal.number)
+        trial.mkdir(parents=True, exist_ok=True)
+        (trial / "plan.json").write_text(proposal.plan.to_json() + "\n")
+        search = self._job.search
+        return Evaluate(proposal.plan, trial / "artifact", search.seed, rungs=search.rungs)
+
+    def _tell(self, proposal: Proposal, outcome: Outcome) -> str:
+        """Store what came of a trial; returns a line about it."""
+        study, number = self._study, proposal.number
+        trial = self._folder / "trials" / str(number)
+        head = f"trial {number} ({proposal.source})"
+        result, error = outcome.result, outcome.error
+        if isinstance(result, Record) and (lacking := study.lacking(result.measurement)):
+            error = f"every objective and bound must be measured, but {lacking} couldn't be read on its target"
+        known = {"number": number, "source": proposal.source, "plan_hash": proposal.plan.hash}
+        if outcome.retries:
+            head += f", begun {1 + outcome.retries} times"
+            known |= {"retries": outcome.retries}
+        if error:
+            (trial / "error.txt").write_text(f"{error}\n\n{outcome.details}".rstrip() + "\n")
+            study.fail(number, error)
+            return f"{head}: failed: {error}"
+        if isinstance(result, Stopped):
+            expected, reason = self._rule.expected(result.rungs, kind_of(proposal.plan)), self._reasons[number]
+            found = {"stopped": reason, **result.to_dict(), "expected_accuracy": expected}
+            _write_json(trial / "record.json", known | found)
+            study.stop(number, result, expected)
+            return f"{head}: {_stopped_line(self._metric, result, reason)}"
+        _write_json(trial / "record.json", known | result.to_dict())
+        self._front_is_stale |= study.complete(number, result)
+        self._rule.add(result.measurement.to_dict(), result.rungs, kind_of(proposal.plan))
+        return f"{head}: {_complete_line(self._metric, result)}"
 
 
 def kind_of(plan: CompressionPlan) -> str:
@@ -106,40 +151,6 @@ def kind_of(plan: CompressionPlan) -> str:
     after = [f"{narrowest} bits" if narrowest else "floats", str(plan.schedule)]
     after += ["afterwards"] * (narrowest > 0 and not plan.quantize.aware) + ["codebooks"] * bool(plan.share.clusters)
     return ", ".join(after)
-
-
-def _request(job: Job, folder: Path, proposal: Proposal) -> Evaluate:
-    trial = folder / "trials" / str(proposal.number)
-    trial.mkdir(parents=True, exist_ok=True)
-    (trial / "plan.json").write_text(proposal.plan.to_json() + "\n")
-    return Evaluate(proposal.plan, trial / "artifact", job.search.seed, rungs=job.search.rungs)
-
-
-def _tell(
-    folder: Path, study: SearchStudy, stopping: _Stopping, proposal: Proposal, outcome: Outcome, metric: str
-) -> str:
-    """Store what came of a trial; returns a line about it."""
-    trial = folder / "trials" / str(proposal.number)
-    head = f"trial {proposal.number} ({proposal.source})"
-    result, error = outcome.result, outcome.error
-    if isinstance(result, Record) and (lacking := study.lacking(result.measurement)):
-        error = f"every objective and bound must be measured, but {lacking} couldn't be read on its target"
-    if error:
-        (trial / "error.txt").write_text(f"{error}\n\n{outcome.details}".rstrip() + "\n")
-        study.fail(proposal.number, error)
-        return f"{head}: failed: {error}"
-    known = {"number": proposal.number, "source": proposal.source, "plan_hash": proposal.plan.hash}
-    if isinstance(result, Stopped):
-        expected = stopping.rule.expected(result.rungs, kind_of(proposal.plan))
-        reason = stopping.reasons[proposal.number]
-        found = {"stopped": reason, **result.to_dict(), "expected_accuracy": expected}
-        _write_json(trial / "record.json", known | found)
-        study.stop(proposal.number, result, expected)
-        return f"{head}: {_stopped_line(metric, result, reason)}"
-    _write_json(trial / "record.json", known | result.to_dict())
-    study.complete(proposal.number, result)
-    stopping.rule.add(result.measurement.to_dict(), result.rungs, kind_of(proposal.plan))
-    return f"{head}: {_complete_line(metric, result)}"
 
 
 def _stopped_line(metric: str, stopped: Stopped, reason: str) -> str:

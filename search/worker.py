@@ -11,8 +11,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,9 +18,9 @@ import cloudpickle
 import torch
 
 from paretune.errors import ParetuneError
-from paretune.objectives.accelerator import share_gpu, training_device
+from paretune.objectives.accelerator import gpu_is_broken, share_gpu, training_device
 from paretune.objectives.evaluate import Evaluator
-from paretune.objectives.progress import Rung
+from paretune.objectives.progress import Stopped
 from paretune.search.executor import Progress
 from paretune.search.problem import load_evaluator
 
@@ -52,7 +50,7 @@ def main(descriptor: int) -> None:
         number, request = message
         outcome = _serve(evaluator, request, Wire(connection, number))
         connection.send(outcome)
-        if outcome[1] and _gpu_is_broken():
+        if outcome[1] and gpu_is_broken():
             return  # a new worker begins afresh
 
 
@@ -71,26 +69,20 @@ class Wire:
 
     def __init__(self, connection: Connection[Any, Any], number: int) -> None:
         self._connection = connection
-        self._progress = Progress(number, {})
+        self._number = number
         self._ends = False
         self._incoming = select.poll()  # registered once: Connection.poll makes a selector each time
         self._incoming.register(connection.fileno(), select.POLLIN)
 
-    def outlined(self, outline: Mapping[str, float]) -> None:
-        """Send what is known of the plan."""
-        self._progress = replace(self._progress, outline=dict(outline))
-        self._connection.send(self._progress)
-
-    def reached(self, rung: Rung) -> None:
-        """Send it with the rungs before."""
-        self._progress = replace(self._progress, rungs=(*self._progress.rungs, rung))
-        self._connection.send(self._progress)
+    def got_on(self, so_far: Stopped) -> None:
+        """Send it."""
+        self._connection.send(Progress.of(self._number, so_far))
 
     def wants_end(self) -> bool:
         """Whether the search said so, or is no more; doesn't wait."""
         if not self._ends and self._incoming.poll(0):
             try:
-                self._ends = _receive(self._connection) == self._progress.number
+                self._ends = _receive(self._connection) == self._number
             except (EOFError, OSError):
                 self._ends = True
         return self._ends
@@ -103,17 +95,6 @@ def _serve(evaluator: Evaluator, request: Any, watcher: Wire) -> tuple[Any, str,
         return None, str(error), traceback.format_exc()
     except Exception as error:
         return None, f"{type(error).__name__}: {error}", traceback.format_exc()
-
-
-def _gpu_is_broken() -> bool:
-    """Whether a failure left CUDA unusable in this process, as an illegal access or a broken capture does."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch doesn't annotate it
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return bool(torch.cuda.current_stream() != torch.cuda.default_stream())
 
 
 def _end_with_parent(parent: int) -> None:

@@ -23,7 +23,7 @@ from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.progress import Rung, Stopped, Watcher
 from paretune.search.executor import Outcome, Progress
 from paretune.search.job import load_job
-from paretune.search.local import LocalExecutor
+from paretune.search.local import WorkerPool
 from paretune.search.requests import Request
 from tests.search.conftest import TinyJob
 
@@ -73,10 +73,10 @@ class Train:
 
     def __call__(self, evaluator: Evaluator, watcher: Watcher) -> Stopped | str:
         outline = {"latency_ms": 2.0}
-        watcher.outlined(outline)
+        watcher.got_on(Stopped(outline, ()))
         rungs = (Rung(0.25, 0.5, 100), Rung(0.5, 0.625, 100))
-        for rung in rungs:
-            watcher.reached(rung)
+        for count in range(1, 1 + len(rungs)):
+            watcher.got_on(Stopped(outline, rungs[:count]))
         for step in range(self.steps):
             if watcher.wants_end():
                 return Stopped(outline, rungs, {"train": 1.0}, step)
@@ -85,13 +85,13 @@ class Train:
 
 
 @pytest.fixture(scope="module")
-def executor(measured: Path) -> Iterator[LocalExecutor]:
-    executor = LocalExecutor(load_job(measured), measured, workers=1)
+def executor(measured: Path) -> Iterator[WorkerPool]:
+    executor = WorkerPool(load_job(measured), measured, workers=1)
     yield executor
     executor.close()
 
 
-def events_of(executor: LocalExecutor) -> list[Outcome | Progress]:
+def events_of(executor: WorkerPool) -> list[Outcome | Progress]:
     """All that comes until a request ended, with this event at the end."""
     events: list[Outcome | Progress] = []
     while not events or isinstance(events[-1], Progress):
@@ -99,9 +99,7 @@ def events_of(executor: LocalExecutor) -> list[Outcome | Progress]:
     return events
 
 
-def outcome_of(
-    executor: LocalExecutor, request: Request, number: int = 7, *, deadline: float = START_SECONDS
-) -> Outcome:
+def outcome_of(executor: WorkerPool, request: Request, number: int = 7, *, deadline: float = START_SECONDS) -> Outcome:
     """Run one request; the executor must be as free afterwards as before."""
     free = executor.free
     executor.submit(number, request, deadline=deadline)
@@ -114,7 +112,7 @@ def outcome_of(
     return outcome
 
 
-def pid_of(executor: LocalExecutor) -> int:
+def pid_of(executor: WorkerPool) -> int:
     outcome = outcome_of(executor, Pid())
     assert outcome.error == ""
     return int(outcome.result)
@@ -132,17 +130,17 @@ def ended(pid: int, *, seconds: float = 10.0) -> bool:
     return False
 
 
-def test_results_come_back_from_one_process_that_is_another(executor: LocalExecutor) -> None:
+def test_results_come_back_from_one_process_that_is_another(executor: WorkerPool) -> None:
     first = pid_of(executor)
     assert first != os.getpid()
     assert pid_of(executor) == first
 
 
-def test_each_worker_trains_with_its_share_of_the_cores(executor: LocalExecutor) -> None:
+def test_each_worker_trains_with_its_share_of_the_cores(executor: WorkerPool) -> None:
     assert outcome_of(executor, Call(torch.get_num_threads)).result == len(os.sched_getaffinity(0))
 
 
-def test_functions_of_this_process_travel(executor: LocalExecutor) -> None:
+def test_functions_of_this_process_travel(executor: WorkerPool) -> None:
     factor = 6
     assert outcome_of(executor, Call(lambda value: factor * value, (7,))).result == 42
 
@@ -154,9 +152,7 @@ def test_functions_of_this_process_travel(executor: LocalExecutor) -> None:
         pytest.param(TrialError("the loss isn't finite"), "the loss isn't finite", id="an error of paretune"),
     ],
 )
-def test_an_exception_is_an_error_and_the_worker_lives_on(
-    executor: LocalExecutor, error: Exception, message: str
-) -> None:
+def test_an_exception_is_an_error_and_the_worker_lives_on(executor: WorkerPool, error: Exception, message: str) -> None:
     before = pid_of(executor)
     outcome = outcome_of(executor, Raise(error))
     assert (outcome.result, outcome.error) == (None, message)
@@ -165,7 +161,7 @@ def test_an_exception_is_an_error_and_the_worker_lives_on(
     assert pid_of(executor) == before
 
 
-def test_nothing_comes_back_before_its_time(executor: LocalExecutor) -> None:
+def test_nothing_comes_back_before_its_time(executor: WorkerPool) -> None:
     pid_of(executor)
     executor.submit(1, Call(time.sleep, (0.5,)), deadline=START_SECONDS)
     assert executor.wait(0.05) == []
@@ -184,7 +180,7 @@ def test_nothing_comes_back_before_its_time(executor: LocalExecutor) -> None:
     ],
 )
 def test_a_death_is_an_error_and_the_next_request_gets_a_new_process(
-    executor: LocalExecutor, request_: Request, message: str
+    executor: WorkerPool, request_: Request, message: str
 ) -> None:
     before = pid_of(executor)
     outcome = outcome_of(executor, request_)
@@ -193,14 +189,14 @@ def test_a_death_is_an_error_and_the_next_request_gets_a_new_process(
     assert pid_of(executor) != before
 
 
-def test_a_worker_that_dies_between_two_requests_costs_nothing(executor: LocalExecutor) -> None:
+def test_a_worker_that_dies_between_two_requests_costs_nothing(executor: WorkerPool) -> None:
     before = pid_of(executor)
     os.kill(before, signal.SIGKILL)
     assert ended(before)
     assert pid_of(executor) not in (before, os.getpid())
 
 
-def test_a_request_over_its_deadline_is_killed(executor: LocalExecutor) -> None:
+def test_a_request_over_its_deadline_is_killed(executor: WorkerPool) -> None:
     before = pid_of(executor)
     outcome = outcome_of(executor, Call(time.sleep, (600,)), deadline=0.5)
     assert outcome.result is None
@@ -208,7 +204,7 @@ def test_a_request_over_its_deadline_is_killed(executor: LocalExecutor) -> None:
     assert ended(before)
 
 
-def test_progress_comes_while_the_request_goes_on(executor: LocalExecutor) -> None:
+def test_progress_comes_while_the_request_goes_on(executor: WorkerPool) -> None:
     free = executor.free
     executor.submit(3, Train(steps=10), deadline=START_SECONDS)
     events = events_of(executor)
@@ -218,7 +214,7 @@ def test_progress_comes_while_the_request_goes_on(executor: LocalExecutor) -> No
     assert executor.free == free
 
 
-def test_a_request_ends_when_it_is_asked_to(executor: LocalExecutor) -> None:
+def test_a_request_ends_when_it_is_asked_to(executor: WorkerPool) -> None:
     executor.submit(3, Train(steps=1_000_000), deadline=START_SECONDS)
     (first,) = executor.wait(START_SECONDS)
     assert first == Progress(3, {"latency_ms": 2.0})
@@ -231,7 +227,7 @@ def test_a_request_ends_when_it_is_asked_to(executor: LocalExecutor) -> None:
     assert last.result.steps < 1_000_000
 
 
-def test_a_late_stop_ends_nothing_else(executor: LocalExecutor) -> None:
+def test_a_late_stop_ends_nothing_else(executor: WorkerPool) -> None:
     before = pid_of(executor)
     executor.submit(3, Train(steps=0), deadline=START_SECONDS)
     time.sleep(0.3)  # the outcome lies in the pipe
@@ -247,7 +243,7 @@ def test_a_late_stop_ends_nothing_else(executor: LocalExecutor) -> None:
     assert pid_of(executor) == before
 
 
-def test_a_stop_of_another_number_is_read_and_ignored(executor: LocalExecutor) -> None:
+def test_a_stop_of_another_number_is_read_and_ignored(executor: WorkerPool) -> None:
     executor.submit(3, Train(steps=100), deadline=START_SECONDS)
     executor.wait(START_SECONDS)
     (worker,) = executor._workers
@@ -255,7 +251,7 @@ def test_a_stop_of_another_number_is_read_and_ignored(executor: LocalExecutor) -
     assert events_of(executor)[-1] == Outcome(3, "complete")
 
 
-def test_asking_costs_microseconds(executor: LocalExecutor) -> None:
+def test_asking_costs_microseconds(executor: WorkerPool) -> None:
     def ask(watcher: Watcher) -> float:
         start = time.perf_counter()
         for _ in range(1000):
@@ -270,7 +266,7 @@ def test_asking_costs_microseconds(executor: LocalExecutor) -> None:
     assert outcome_of(executor, Ask()).result < 1e-4
 
 
-def test_a_request_that_gets_on_has_its_deadline_all_the_same(executor: LocalExecutor) -> None:
+def test_a_request_that_gets_on_has_its_deadline_all_the_same(executor: WorkerPool) -> None:
     executor.submit(3, Train(steps=1_000_000), deadline=0.5)
     executor.wait(START_SECONDS)
     last = events_of(executor)[-1]
@@ -284,7 +280,7 @@ def half_a_message() -> None:
     os._exit(3)
 
 
-def test_a_worker_that_dies_in_a_message_or_while_it_is_asked_to_end(executor: LocalExecutor) -> None:
+def test_a_worker_that_dies_in_a_message_or_while_it_is_asked_to_end(executor: WorkerPool) -> None:
     outcome = outcome_of(executor, Call(half_a_message))
     assert outcome.error == "the worker process died (exit code 3)"
     executor.submit(3, Train(steps=1_000_000), deadline=START_SECONDS)
@@ -307,7 +303,7 @@ def test_workers_that_cannot_start_end_the_search(
     # So much data that the job doesn't fit into the pipe: sending it fails when the worker is dead.
     weights = torch.zeros(1_000_000)
     job = tiny(tmp_path, data={"source": lambda: weights})
-    executor = LocalExecutor(job, tmp_path, workers=1)
+    executor = WorkerPool(job, tmp_path, workers=1)
     try:
         for _ in range(2):
             outcome = outcome_of(executor, Pid())
@@ -326,7 +322,7 @@ from pathlib import Path
 import cloudpickle
 import helper
 from paretune.search.job import load_job, make_job
-from paretune.search.local import LocalExecutor
+from paretune.search.local import WorkerPool
 
 class Hang:
     def __call__(self, evaluator, watcher):
@@ -340,7 +336,7 @@ run, note = Path(sys.argv[1]), Path(sys.argv[2])
 job = load_job(run)
 # By reference, from a module that only this script's folder has.
 job = job.model_copy(update={"model": job.model.model_copy(update={"factory": helper.build})})
-executor = LocalExecutor(job, run, workers=1)
+executor = WorkerPool(job, run, workers=1)
 executor.submit(0, Hang(), deadline=600)
 for outcome in executor.wait(600):
     print(outcome.error, outcome.details)

@@ -1,8 +1,9 @@
-"""The loop of the trials with an executor that plays what it was given: who is stopped, and what is told of it."""
+"""The trials of a study, played by the test in an executor's place: who is stopped, and what is told of it."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ import pytest
 from paretune.objectives.device import Device
 from paretune.objectives.measurement import Record
 from paretune.objectives.progress import Stopped
-from paretune.search.executor import Executor, Outcome, Progress
+from paretune.search.executor import Outcome, Progress, Work
 from paretune.search.front_json import read_front
 from paretune.search.job import Job
-from paretune.search.requests import Evaluate, Request
+from paretune.search.requests import Evaluate
 from paretune.search.study import SearchStudy
-from paretune.search.trials import run_trials
+from paretune.search.trials import Trials
 from tests.records import measurement, record, stopped
 from tests.search.conftest import TinyJob
 from tests.search.test_results import SPACE, new_study
@@ -28,38 +29,36 @@ HOPELESS = stopped(0.2, 0.3)
 
 
 @dataclass
-class Played(Executor):
-    """Plays a trial for each request: its result, and what it shows on the way. Heeds a stop only if it `listens`."""
+class Played:
+    """Plays a trial for each request: its result, and what it shows on the way. Heeds a stop only if it `listens`.
+
+    Attributes:
+        stops: Numbers of trials that were asked to end, and how often.
+        requests: What was to be run.
+    """
 
     trials: Sequence[Record | Stopped]
     listens: bool = True
-    free: int = 1
-    stops: list[int] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    _left: list[Progress | Outcome] = field(default_factory=list)
+    stops: Counter[int] = field(default_factory=Counter)
+    requests: list[Evaluate] = field(default_factory=list)
 
-    def submit(self, number: int, request: Request, *, deadline: float) -> None:
-        self.free -= 1
-        self.requests.append(request)
-        trial = self.trials[len(self.requests) - 1]
+    def play(self, work: Work) -> None:
+        for trial in self.trials:
+            given = work.next()
+            assert given is not None
+            self.requests.append(given.request)
+            work.ended(Outcome(given.number, self._shown(work, given.number, trial)))
+        assert work.is_over
+        assert work.next() is None
+
+    def _shown(self, work: Work, number: int, trial: Record | Stopped) -> Record | Stopped:
         outline = trial.outline if isinstance(trial, Stopped) else trial.measurement.to_dict()
-        shown = [Progress(number, outline, trial.rungs[:count]) for count in range(len(trial.rungs) + 1)]
-        self._left = [*shown, Outcome(number, record(measurement(0.5, 3.0)) if isinstance(trial, Stopped) else trial)]
-
-    def wait(self, timeout: float) -> list[Outcome | Progress]:
-        event = self._left.pop(0)
-        if isinstance(event, Outcome):
-            if event.number in self.stops and self.listens:
-                trial = self.trials[len(self.requests) - 1]
-                event = Outcome(event.number, trial)
-            self.free += 1
-        return [event]
-
-    def stop(self, number: int) -> None:
-        self.stops.append(number)
-
-    def close(self) -> None:
-        pass
+        for count in range(len(trial.rungs) + 1):
+            if work.progress(Progress(number, outline, trial.rungs[:count])):
+                self.stops[number] += 1
+                if self.listens:
+                    return trial
+        return record(measurement(0.5, 3.0)) if isinstance(trial, Stopped) else trial
 
 
 def finished(count: int) -> list[Record]:
@@ -91,13 +90,15 @@ def play(tiny: TinyJob, tmp_path: Path, trials: Sequence[Record | Stopped], **mo
         study.enqueue(SPACE.sweep(1), "uniform")
     study.enqueue(SPACE.sweep(1), more.pop("source", "uniform"))
     executor, lines = Played(trials, **more), list[str]()
-    assert run_trials(job, folder, study, executor, "accuracy", Device("cpu"), lines.append) == len(trials)
+    work = Trials(job, folder, study, "accuracy", Device("cpu"), lines.append)
+    executor.play(work)
+    assert work.begun == len(trials)
     return Run(folder, study, executor, lines)
 
 
 def test_a_hopeless_trial_is_stopped(tiny: TinyJob, tmp_path: Path) -> None:
     played = play(tiny, tmp_path, [*finished(7), HOPELESS])
-    assert played.executor.stops == [7], "once, at the first rung that says so"
+    assert played.executor.stops == {7: 1}, "once, at the first rung that says so"
     assert played.states == ["COMPLETE"] * 7 + ["PRUNED"]
     assert (
         played.lines[-1] == "trial 7 (uniform): stopped at 50 %: accuracy 0.3000, at 3 ms the front has 0.9000, 0.5 s"
@@ -124,18 +125,18 @@ def test_a_hopeless_trial_is_stopped(tiny: TinyJob, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["dense", "variant", "enqueued"])
 def test_what_the_user_asked_for_is_trained_to_its_end(tiny: TinyJob, tmp_path: Path, source: str) -> None:
     played = play(tiny, tmp_path, [*finished(7), HOPELESS], source=source)
-    assert (played.executor.stops, played.states[-1]) == ([], "COMPLETE")
+    assert (played.executor.stops, played.states[-1]) == ({}, "COMPLETE")
 
 
 def test_none_stops_nothing(tiny: TinyJob, tmp_path: Path) -> None:
     played = play(tiny, tmp_path, [*finished(7), HOPELESS], search={"stopping": "none", "rungs": [0.5]})
-    assert (played.executor.stops, played.states[-1]) == ([], "COMPLETE")
+    assert (played.executor.stops, played.states[-1]) == ({}, "COMPLETE")
     assert all(isinstance(request, Evaluate) and request.rungs == [0.5] for request in played.executor.requests)
 
 
 def test_a_trial_that_completes_all_the_same_is_complete(tiny: TinyJob, tmp_path: Path) -> None:
     played = play(tiny, tmp_path, [*finished(7), HOPELESS], listens=False)
-    assert (played.executor.stops, played.states[-1]) == ([7], "COMPLETE")
+    assert (played.executor.stops, played.states[-1]) == ({7: 1}, "COMPLETE")
     assert "accuracy 0.5000, 3.000 ms" in played.lines[-1]
 
 
@@ -153,7 +154,10 @@ def test_a_search_that_goes_on_knows_what_it_knew(tiny: TinyJob, tmp_path: Path)
     played.study.enqueue(SPACE.sweep(1), "uniform")
     executor, lines = Played([HOPELESS]), list[str]()
     job: Job = tiny(tmp_path, search={"trials": 8})
-    arguments = (job, played.folder, played.study, executor, "accuracy", Device("cpu"), lines.append)
-    assert run_trials(*arguments) == 1
-    assert executor.stops == [7]
-    assert run_trials(*arguments) == 0, "a stopped one counts"
+
+    def trials() -> Trials:
+        return Trials(job, played.folder, played.study, "accuracy", Device("cpu"), lines.append)
+
+    executor.play(trials())
+    assert executor.stops == {7: 1}
+    assert trials().is_over, "a stopped one counts"
