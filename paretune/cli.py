@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from paretune import __version__
 from paretune.errors import JobError, ParetuneError, SearchError
+from paretune.search.signals import sigterm_raises
 
 app = typer.Typer(
     help="Search pruning, quantization and distillation together for the best accuracy at each measured latency.",
@@ -21,18 +22,24 @@ app = typer.Typer(
 )
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.")]
+JobPaths = Annotated[list[Path], typer.Argument(metavar="JOB...", help="The job file, or several.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-o", metavar="KEY=VALUE", help="Override a key, e.g. search.trials=20."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SubmittedId = Annotated[str, typer.Argument(metavar="ID", help="What `paretune submit` printed.")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The cluster's dashboard, e.g. http://HEAD:8265; RAY_ADDRESS, or one found here."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew what the cache knows of this machine.")]
 
 
 def main() -> None:
     """Run the command line; the exit codes are those of docs/cli.md."""
-    with _exit_codes():
+    with sigterm_raises(), _exit_codes():
         app()
 
 
@@ -145,16 +152,94 @@ def doctor(as_json: AsJson = False, fresh: Fresh = False) -> None:
 
 
 @app.command()
-def run(job: JobPath, override: Overrides = None) -> None:
-    """Search a job to its verified front."""
+def run(
+    jobs: JobPaths,
+    override: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with runs that exist, begin the others.")] = False,
+) -> None:
+    """Search a job to its verified front, or several, one after the other."""
+    if len(jobs) > 1:
+        _run_batch(jobs, override or [], resume)
+    from paretune.search.batch import run_or_resume
     from paretune.search.job import load_job
 
-    loaded = load_job(job, override or [])
+    loaded = load_job(jobs[0], override or [])
     from paretune.search.run import run as run_job
 
     with _progress() as report:
-        folder = run_job(loaded, report=report)
+        folder = run_or_resume(loaded, report=report) if resume else run_job(loaded, report=report)
     show(folder)
+
+
+def _run_batch(jobs: list[Path], overrides: list[str], resume: bool) -> NoReturn:
+    from paretune.search.batch import exit_code, run_batch, summary
+
+    ended = run_batch(jobs, overrides, resume=resume, report=lambda line: typer.echo(line, err=True))
+    typer.echo(summary(ended))
+    raise typer.Exit(exit_code(ended))
+
+
+@app.command()
+def submit(
+    job: JobPath,
+    override: Overrides = None,
+    address: Address = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out of what is sent, as in .gitignore, e.g. data/; several times."),
+    ] = None,
+) -> None:
+    """Send a job to a Ray cluster, which gets a copy of the job file's folder; prints its ID."""
+    from paretune.search.submit import Cluster, make_submission
+
+    submission = make_submission(job, override or [], exclude=exclude or [])
+    typer.echo(job_id := Cluster(address).submit(submission))
+    given = f" --address {address}" if address else ""
+    typer.echo(f"{submission.name} runs to {submission.run}; paretune logs {job_id} --follow{given}", err=True)
+
+
+@app.command()
+def status(
+    job_id: Annotated[str | None, typer.Argument(metavar="ID", help="A submitted job; all without it.")] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how jobs are that were submitted."""
+    from paretune.search.submit import Cluster, as_row
+
+    cluster = Cluster(address)
+    rows = [as_row(job) for job in ([cluster.details(job_id)] if job_id else cluster.jobs())]
+    if as_json:
+        from paretune.search.show import print_json
+
+        print_json(rows[0] if job_id else rows)
+        return
+    for row in rows:
+        typer.echo("  ".join(str(row[key] or "-") for key in ("id", "status", "job")))
+    if job_id and rows[0]["message"]:
+        typer.echo(rows[0]["message"])
+
+
+@app.command()
+def logs(
+    job_id: SubmittedId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: Address = None,
+) -> None:
+    """Print what a submitted job printed."""
+    from paretune.search.submit import Cluster
+
+    cluster = Cluster(address)
+    for text in cluster.follow(job_id) if follow else [cluster.logs(job_id)]:
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def stop(job_id: SubmittedId, address: Address = None) -> None:
+    """End a submitted job, once it has written its files; submit it again to go on."""
+    from paretune.search.submit import Cluster
+
+    typer.echo(Cluster(address).stop(job_id).status.value)
 
 
 @app.command()

@@ -83,7 +83,8 @@ def test_version(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_names_every_command(cli: Cli, tmp_path: Path) -> None:
     text = cli("--help", cwd=tmp_path).stdout
-    for name in ("demo", "init", "check", "doctor", "run", "resume", "show", "report", "export"):
+    single = ("demo", "init", "check", "doctor", "run", "resume", "show", "report", "export")
+    for name in (*single, "submit", "status", "logs", "stop"):
         assert f" {name} " in text
 
 
@@ -281,6 +282,49 @@ def test_a_run_that_exists_is_left_alone(cli: Cli, run: Path, project: Path) -> 
     assert done.returncode == 2
     assert "paretune resume" in done.stderr
     assert (run / "front.json").stat().st_mtime_ns == before
+
+
+def test_a_job_that_fails_does_not_keep_the_others_from_running(cli: Cli, run: Path, project: Path) -> None:
+    text = (project / "job.yaml").read_text()
+    (project / "bad.yaml").write_text(
+        text.replace("project:build", "project:biuld").replace("name: digits", "name: bad")
+    )
+    done = cli("run", "bad.yaml", "job.yaml", *SMALL, "--resume", cwd=project)
+    assert done.returncode == 2, done.stderr
+    assert "biuld" in done.stderr
+    assert "nothing is left to do" in done.stderr, "the run that was there is gone on with"
+    bad, good = done.stdout.splitlines()[-2:]
+    assert bad.split()[:4] == ["bad", "wrong", "no", "front"]
+    assert good.split()[:2] == ["digits", "done"]
+    assert good.endswith(str(run))
+
+
+def test_a_run_of_another_job_is_not_gone_on_with(cli: Cli, run: Path, project: Path) -> None:
+    done = cli("run", "job.yaml", *SMALL, "--resume", "-o", "space.max_ratio=0.5", cwd=project)
+    assert done.returncode == 2
+    assert "differs in space.max_ratio" in done.stderr
+
+
+def test_mistakes_of_several_jobs_are_told_before_any_is_run(cli: Cli, project: Path) -> None:
+    done = cli("run", "job.yaml", "missing.yaml", "-o", "name=several", cwd=project)
+    assert done.returncode == 2
+    assert "missing.yaml" in done.stderr
+    assert "job 1" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["submit", "job.yaml"], "results must be an absolute path", id="submit without results"),
+        pytest.param(["status", "--address", "http://127.0.0.1:1"], "paretune[cluster]", id="status without cluster"),
+        pytest.param(["logs"], "ID", id="logs of nothing"),
+    ],
+)
+def test_jobs_need_a_cluster(cli: Cli, project: Path, arguments: list[str], message: str) -> None:
+    done = cli(*arguments, cwd=project)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_nothing_feasible_exits_with_1(cli: Cli, project: Path) -> None:
