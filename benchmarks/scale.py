@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import os
 import statistics
 import time
@@ -48,7 +49,7 @@ from paretune.search.requests import Evaluate
 from paretune.search.samplers import SAMPLERS, Known
 from paretune.search.study import SearchStudy, results_of, study_url
 from paretune.search.trials import Trials
-from paretune.search.tune.events import end_to_result, progress_to_result
+from paretune.search.tune.events import End, end_to_result, progress_to_result
 from paretune.search.tune.scheduler import WorkScheduler
 from paretune.search.tune.searcher import WorkSearcher
 from paretune.spaces.plan import CompressionPlan
@@ -105,6 +106,7 @@ class Figures:
         memory: Megabytes of this process at the end of some trials, by how many ended.
         idle: Seconds in which workers had nothing to do, until the last trial began.
         idle_at_first: The same, before each worker had its first trial.
+        last_begun: When the last trial began, in seconds of the virtual clock.
         states: How trials ended.
     """
 
@@ -231,7 +233,7 @@ class Fleet:
     def _outline(self, plan: CompressionPlan) -> dict[str, float]:
         return within(self._problem.outline(plan))
 
-    def _result(self, trial: Running) -> Any:
+    def _result(self, trial: Running) -> End:
         """The record of a trial that was trained to its end, as its worker makes it."""
         true = self._problem.true_outline(trial.plan)
         latency = true["latency_ms"] * float(np.exp(CLOCK_NOISE * self._draw.standard_normal()))
@@ -244,7 +246,7 @@ class Fleet:
         phases = dict.fromkeys(("compress", "train", "deploy", "score", "measure", "save"), trial.seconds / 6)
         measured = Measurement({"": on}, int(values["params"]), int(values["macs"]))
         record = Record(measured, {"": deployment}, phases, {"steps": 1000}, trial.shown.rungs)
-        return SimpleNamespace(record=record, error="", details="")
+        return End(record)
 
 
 def within(values: Mapping[str, float]) -> dict[str, float]:
@@ -376,7 +378,9 @@ def _whole(line: Mapping[str, Any]) -> list[str]:
     later = (line["idle"] - line["idle_at_first"]) / time_of_all
     counts = np.array([float(count) for count in line["memory"]])
     later_ones = counts >= min(1000, trials / 2)
-    growth = np.polyfit(counts[later_ones], np.array(list(line["memory"].values()))[later_ones], 1)[0] * 1000
+    growth = math.nan  # unless there is a line to draw
+    if later_ones.sum() > 1:
+        growth = np.polyfit(counts[later_ones], np.array(list(line["memory"].values()))[later_ones], 1)[0] * 1000
     return [
         case["sampler"],
         str(case["workers"]),

@@ -69,14 +69,10 @@ def run_or_resume(job: Job, *, report: Report | None = None) -> Path:
     Raises:
         JobError: The run was made of another job; else as `run` and `resume`.
     """
-    from paretune.search.job_diff import check_same_job
-    from paretune.search.run import resume, run
+    from paretune.search.run import open_search
 
-    folder = run_folder(job)
-    if not folder.exists():
-        return run(job, report=report)
-    check_same_job(job, folder)
-    return resume(folder, job=job, report=report)
+    with open_search(job, report=report) as search:
+        return search.run()
 
 
 def run_folder(job: Job) -> Path:
@@ -107,10 +103,9 @@ def load_jobs(files: Sequence[Path], overrides: Sequence[str] = ()) -> list[Job]
         homes[folder] = file
         jobs.append(job)
     if mistakes:
-        several = JobError("the jobs", "must be free of mistakes", f"{len(mistakes)} with some", "correct them")
         listed = "\n".join(f"  - {mistake}" for mistake in mistakes)
-        several.args = (f"nothing is begun, for {len(mistakes)} of {len(files)} jobs can't be run:\n{listed}",)
-        raise several
+        got = f"mistakes in {len(mistakes)} of {len(files)} jobs"
+        raise JobError("jobs", "must all be right before the first is begun", got, f"correct them:\n{listed}")
     return jobs
 
 

@@ -45,7 +45,7 @@ from paretune.search.job_types import (
 )
 from paretune.search.job_yaml import parse_yaml, read_yaml, write_yaml
 
-__all__ = ["Constraint", "Job", "ObjectiveName", "job_schema", "load_job", "make_job"]
+__all__ = ["Constraint", "Job", "ObjectiveName", "job_schema", "load_job", "make_job", "override"]
 
 
 class Job(Section):
@@ -88,6 +88,11 @@ class Job(Section):
     storage: str | None = Field(
         default=None, description="Database URL of the Optuna study; null: SQLite in the run folder."
     )
+    study: Name | None = Field(
+        default=None,
+        description="Study in `storage` that several runs share, each with a name, a driver and a folder of its own: "
+        "their samplers learn from all its trials; null: this run has one of its own.",
+    )
     results: str = Field(
         default="results",
         validate_default=True,
@@ -122,6 +127,11 @@ class Job(Section):
     @classmethod
     def _absolute_folders(cls, value: list[str], info: ValidationInfo) -> list[str]:
         return [str(resolve_path(folder, info)) for folder in value]
+
+    @property
+    def study_name(self) -> str:
+        """Of the Optuna study in its storage."""
+        return self.study or self.name
 
     @property
     def other_targets(self) -> dict[str, NamedTarget]:
@@ -170,6 +180,21 @@ class Job(Section):
         if len(self.all_objectives) > 4:
             remedy = "set objective: false for some targets"
             raise RuleError("must be at most four in all", short(self.all_objectives), remedy, key="objectives")
+        return self
+
+    @model_validator(mode="after")
+    def _trainers_have_gpus(self) -> Job:
+        if self.search.executor == "ray" and self.finetune.device.startswith("cuda") and not self.ray.resources.gpu:
+            remedy = "say what each trial takes, e.g. 1 or 0.25, or set finetune.device to auto"
+            raise RuleError("must be above 0 where trials train on a GPU", "0", remedy, key="ray.resources.gpu")
+        return self
+
+    @model_validator(mode="after")
+    def _study_fits(self) -> Job:
+        if self.study is not None and (self.storage is None or self.storage.startswith("sqlite")):
+            got = short(self.study) + (", with an SQLite file" if self.storage else ", without a storage")
+            remedy = "name a database of a server in storage, e.g. postgresql+psycopg://…, or leave study out"
+            raise RuleError("must be shared through a database server", got, remedy, key="study")
         return self
 
     @model_validator(mode="after")
@@ -231,8 +256,8 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     if path.is_dir() and (path / "job.yaml").is_file():
         path = path / "job.yaml"
     content = read_yaml(path)
-    for override in overrides:
-        _override(content, override)
+    for assignment in overrides:
+        override(content, assignment)
     folder = path.resolve().parent
     return make_job({"python_path": [str(folder)], **content}, folder=folder, source=path.name)
 
@@ -267,11 +292,20 @@ def _objectives(value: list[ObjectiveName]) -> list[ObjectiveName]:
     return value
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(content: dict[str, Any], assignment: str) -> None:
+    """Set a key in the nested keys of a job file.
+
+    Args:
+        content: As read from the file; changed in place.
+        assignment: ``"search.trials=10"`` and the like.
+
+    Raises:
+        JobError: It isn't KEY=VALUE, or names no key that could be.
+    """
+    key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise JobError("override", "must be KEY=VALUE", repr(override), "write e.g. search.trials=10")
+        raise JobError("override", "must be KEY=VALUE", repr(assignment), "write e.g. search.trials=10")
     if parts == ["targets"]:
         content.pop("target", None)  # the first of them takes its place
     section: Any = content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -18,16 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import torch
 
 from paretune.errors import SearchError
 from paretune.objectives.baseline import Baseline
+from paretune.objectives.device import is_cuda
+from paretune.objectives.environment import environment
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.problem import Problem
 from paretune.objectives.verify import Verified
+from paretune.search.cluster.hardware import check_alike, hardware
 from paretune.search.executor import Executor, Outcome, Progress, Report, Work
 from paretune.search.job import Job
 from paretune.search.outline import outline
-from paretune.search.preparation import learn_run, prepare_run
+from paretune.search.preparation import ENVIRONMENT, learn_run, prepare_run
 from paretune.search.problem import BASELINE, load_problem
 from paretune.search.profile import Profile
 from paretune.search.requests import Request, Verify
@@ -51,13 +56,22 @@ class LocalExecutor(Executor):
 
     Args:
         job: What is run.
-        run: The run folder.
+        run: The run folder. Where it is filled already, this machine must be like the one on which it was.
+
+    Raises:
+        SearchError: It isn't.
     """
 
     def __init__(self, job: Job, run: Path) -> None:
         self._job = job
         self._run = run
         self._pool: WorkerPool | None = None
+        began = run / ENVIRONMENT
+        if began.is_file():
+            if any(map(is_cuda, job.devices)):
+                torch.cuda.init()  # type: ignore[no-untyped-call]  # what isn't initialized isn't described
+            here = environment() | {"node": socket.gethostname()}
+            check_alike(hardware(json.loads(began.read_text())), here)
 
     @cached_property
     def problem(self) -> Problem:

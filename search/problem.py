@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paretune.errors import JobError
+from paretune.objectives.accelerator import float_format, training_device
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.data import load_splits
 from paretune.objectives.device import Device
@@ -52,6 +53,16 @@ def load_problem(job: Job, capabilities: Mapping[str, Capabilities] | None = Non
             _ = site.capabilities
     problem.check()
     return problem
+
+
+def without_trainer(job: Job) -> Job:
+    """The job for a process that doesn't train: the trainers' device and precision need not be on its machine."""
+    try:
+        float_format(job.finetune.precision, training_device(job.finetune.device))
+    except JobError:
+        own = job.finetune.model_copy(update={"device": "auto", "precision": "auto"})
+        return job.model_copy(update={"finetune": own})
+    return job
 
 
 def _target(section: TargetSection) -> Target:

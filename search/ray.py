@@ -20,7 +20,7 @@ from paretune.search.executor import Executor, Report, Work
 from paretune.search.job import Job
 from paretune.search.outline import outline
 from paretune.search.preparation import ENVIRONMENT, learn_run, prepare_run
-from paretune.search.problem import load_problem
+from paretune.search.problem import load_problem, without_trainer
 from paretune.search.profile import Profile
 from paretune.search.tune.run import fit
 from paretune.spaces.plan import CompressionPlan
@@ -44,14 +44,14 @@ class RayExecutor(Executor):
         began = run / ENVIRONMENT
         environment = json.loads(began.read_text()) if began.is_file() else None
         with ExitStack() as stack:
-            stack.callback(connect(job.ray).close)
-            storage = stack.enter_context(own_storage(job.ray.storage))
+            stack.callback(connect(job).close)
+            storage = stack.enter_context(own_storage(job.ray.storage, run))
             self._gauges = stack.enter_context(open_gauges(job, storage=storage, environment=environment))
             self._open = stack.pop_all()
 
     @cached_property
     def problem(self) -> Problem:
-        return load_problem(self._job, self._gauges.capabilities)
+        return load_problem(without_trainer(self._job), self._gauges.capabilities)
 
     @cached_property
     def equipment(self) -> Equipment:

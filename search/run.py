@@ -18,14 +18,16 @@ from paretune.objectives.baseline import Baseline
 from paretune.search.executor import Executor, Report, make_executor
 from paretune.search.front_json import read_front
 from paretune.search.job import Job, load_job, make_job
-from paretune.search.preparation import read_knowledge
+from paretune.search.job_diff import check_same_job
+from paretune.search.preparation import ENVIRONMENT, read_knowledge
 from paretune.search.problem import BASELINE, float_widths
 from paretune.search.profile import Profile, make_job_space
 from paretune.search.report import write_report
 from paretune.search.results import write_trials
 from paretune.search.samplers import NOTHING, SAMPLERS, Known
+from paretune.search.sharing import check_new_study, check_sharing, claim
 from paretune.search.signals import sigterm_raises
-from paretune.search.study import SearchStudy, check_new_study, results_of, stored_rows, study_url
+from paretune.search.study import SearchStudy, results_of, stored_rows, study_url
 from paretune.search.surrogate.sampler import FrontSampler
 from paretune.search.trials import Trials
 from paretune.search.verify_front import verify_front
@@ -48,7 +50,7 @@ def run(job: Job | Mapping[str, Any] | str | Path, *, report: Report | None = No
         JobError: The job is wrong; nothing was spent.
         SearchError: No trial succeeded, or none is feasible.
     """
-    job = _as_job(job)
+    job = as_job(job)
     folder = Path(job.results) / job.name
     if folder.exists():
         raise JobError(
@@ -75,7 +77,7 @@ def resume(folder: str | Path, *, job: Job | Mapping[str, Any] | None = None, re
     folder = Path(folder)
     if not (folder / "job.yaml").is_file():
         raise JobError("run", "must be a run folder with a job.yaml", folder, "name a folder below results/")
-    with _opened(_as_job(job or folder / "job.yaml"), folder, report or _to_stderr) as search:
+    with _opened(as_job(job or folder / "job.yaml"), folder, report or _to_stderr) as search:
         return search.run()
 
 
@@ -90,10 +92,13 @@ def open_search(job: Job | Mapping[str, Any] | str | Path, *, report: Report | N
         report: As for `run`.
 
     Raises:
-        JobError: The job is wrong, or the run is open elsewhere.
+        JobError: The job is wrong, the folder of its name is another job's run, or the run is open elsewhere.
     """
-    job = _as_job(job)
-    with _opened(job, Path(job.results) / job.name, report or _to_stderr) as search:
+    job = as_job(job)
+    folder = Path(job.results) / job.name
+    if folder.exists():
+        check_same_job(job, folder)
+    with _opened(job, folder, report or _to_stderr) as search:
         yield search
 
 
@@ -174,6 +179,7 @@ def _opened(job: Job, folder: Path, report: Report) -> Iterator[Search]:
     with sigterm_raises(), ExitStack() as stack:
         if not is_new:
             stack.enter_context(_alone(folder))
+            _write_text(folder / "job.yaml", job.to_yaml())  # with another budget, perhaps
         executor = stack.enter_context(closing(make_executor(job, folder)))
         if is_new:
             profile = _prepared(job, folder, executor, report)
@@ -202,6 +208,9 @@ def _study(job: Job, folder: Path, executor: Executor, profile: Profile, report:
     space = make_job_space(job, executor.problem, profile, Baseline(folder / BASELINE).float_bits[""])
     known = _known(job, folder, executor, report)
     study = open_study(job, folder, space, known)
+    if job.study:
+        check_sharing(study, job, json.loads((folder / ENVIRONMENT).read_text()))
+        claim(study, job.name, folder)
     if known.knowledge and not study.spent_seconds:
         study.spent_seconds = sum(known.knowledge.seconds.values())  # what was learnt first is part of the search
     if lost := study.recover():
@@ -230,18 +239,19 @@ def _known(job: Job, folder: Path, executor: Executor, report: Report) -> Known:
 def open_study(job: Job, folder: Path, space: SearchSpace, known: Known = NOTHING) -> SearchStudy:
     """The study of a run, made if there is none yet."""
     return SearchStudy(
-        job.name,
+        job.study_name,
         job.storage or study_url(folder),
         space,
         SAMPLERS[job.search.sampler](space, job.search.seed, known),
         objectives=job.all_objectives,
         constraints=job.constraints,
+        run=job.name if job.study else None,
     )
 
 
 def _enqueue(job: Job, study: SearchStudy, space: SearchSpace) -> None:
     """The dense model, variants and uniform plans come first; a resumed study has them already."""
-    if study.rows() or job.search.sampler == "uniform":
+    if not study.is_new or job.search.sampler == "uniform":
         return
     count = job.search.uniform_trials
     if count is None:  # the sampler `front` has uniform plans among its candidates
@@ -267,10 +277,17 @@ def _why_nothing(study: SearchStudy) -> str:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    _write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def _as_job(job: Job | Mapping[str, Any] | str | Path) -> Job:
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def as_job(job: Job | Mapping[str, Any] | str | Path) -> Job:
+    """A job in any of the forms that `run` takes."""
     if isinstance(job, str | Path):
         return load_job(job)
     return job if isinstance(job, Job) else make_job(job)

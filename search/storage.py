@@ -20,7 +20,7 @@ from optuna.distributions import (
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 Row = sqlalchemy.Row[Any]
 
@@ -30,6 +30,7 @@ _CHUNK = 500
 _TRIALS, _PARAMS = models.TrialModel.__table__, models.TrialParamModel.__table__
 _USER, _SYSTEM = models.TrialUserAttributeModel.__table__, models.TrialSystemAttributeModel.__table__
 _VALUES = models.TrialValueModel.__table__
+_STUDY_USER = models.StudyUserAttributeModel.__table__
 
 
 class Packed(Mapping[str, Any]):
@@ -63,13 +64,13 @@ class _Unwritten:
 
     Attributes:
         params: Name to the value as Optuna stores it, and its distribution.
-        user: Name to value.
-        system: Name to value.
+        user: Name to the value, and whether the database has another one under that name.
+        system: The same.
     """
 
     params: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
-    user: dict[str, Any] = field(default_factory=dict)
-    system: dict[str, Any] = field(default_factory=dict)
+    user: dict[str, tuple[Any, bool]] = field(default_factory=dict)
+    system: dict[str, tuple[Any, bool]] = field(default_factory=dict)
 
 
 class TrialStorage(BaseStorage):
@@ -85,11 +86,14 @@ class TrialStorage(BaseStorage):
 
     Args:
         backend: The database.
+        marks: User attributes of every trial that is begun here; it has them from the moment when it runs.
     """
 
-    def __init__(self, backend: RDBStorage) -> None:
+    def __init__(self, backend: RDBStorage, marks: Mapping[str, Any] | None = None) -> None:
         self._backend = backend
+        self._marks = dict(marks or {})
         self._study_id: int | None = None
+        self._looked = 0  # the latest id that a look for new trials came to
         self._trials: dict[int, FrozenTrial] = {}
         self._open: dict[int, FrozenTrial] = {}
         self._own: set[int] = set()
@@ -112,6 +116,24 @@ class TrialStorage(BaseStorage):
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         self._backend.set_study_system_attr(study_id, key, value)
+
+    def agree(self, study_id: int, key: str, value: Any) -> Any:
+        """What a study's user attribute was set to first: this value, if nobody has set it yet.
+
+        Of several drivers that come at once, the database lets one be the first.
+        """
+        columns = _STUDY_USER.c
+        stored = sqlalchemy.select(columns.value_json).where((columns.study_id == study_id) & (columns.key == key))
+        row = {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+        try:
+            with self._backend.engine.begin() as connection:
+                text = connection.scalar(stored)
+                if text is None:
+                    connection.execute(sqlalchemy.insert(_STUDY_USER), row)
+        except sqlalchemy.exc.IntegrityError:  # somebody was quicker
+            with self._backend.engine.connect() as connection:
+                text = connection.scalar(stored)
+        return value if text is None else json.loads(text)
 
     def get_study_id_from_name(self, study_name: str) -> int:
         return self._backend.get_study_id_from_name(study_name)
@@ -139,8 +161,12 @@ class TrialStorage(BaseStorage):
     # Trials
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        is_running = template_trial is None
+        if is_running and self._marks:
+            template_trial = create_trial(state=TrialState.RUNNING, user_attrs=self._marks)
         trial_id = self._backend.create_new_trial(study_id, template_trial)
-        self._own.add(trial_id)
+        if is_running:  # what waits may be begun by anybody
+            self._own.add(trial_id)
         self._take(self._read([trial_id]))
         return trial_id
 
@@ -156,12 +182,10 @@ class TrialStorage(BaseStorage):
         self._to_write(trial_id).params[param_name] = param_value_internal, distribution
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._updatable(trial_id).user_attrs[key] = value
-        self._to_write(trial_id).user[key] = value
+        _set(self._updatable(trial_id).user_attrs, self._to_write(trial_id).user, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._updatable(trial_id).system_attrs[key] = value
-        self._to_write(trial_id).system[key] = value
+        _set(self._updatable(trial_id).system_attrs, self._to_write(trial_id).system, key, value)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         self._updatable(trial_id).intermediate_values[step] = intermediate_value
@@ -169,10 +193,11 @@ class TrialStorage(BaseStorage):
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         self.flush()
+        if state == TrialState.RUNNING:
+            return self._begin(trial_id)
         if not self._backend.set_trial_state_values(trial_id, state, values):
             return False
-        self._own.add(trial_id)
-        if state == TrialState.RUNNING or trial_id not in self._trials:
+        if trial_id not in self._trials:
             self._take(self._read([trial_id]))
             return True
         trial = copy.copy(self._trials[trial_id])  # who was given it before goes on seeing that
@@ -185,25 +210,10 @@ class TrialStorage(BaseStorage):
 
     def flush(self) -> None:
         """Write what was set of trials since the last time, in one transaction."""
-        if not self._unwritten:
-            return
-        params, user, system = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
-        for trial_id, unwritten in self._unwritten.items():
-            for name, (value, one) in unwritten.params.items():
-                row = {"trial_id": trial_id, "param_name": name, "param_value": value}
-                params.append(row | {"distribution_json": self._json(name, one)})
-            for rows, found in ((user, unwritten.user), (system, unwritten.system)):
-                rows += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in found.items()]
-        with self._backend.engine.begin() as connection:
-            if params:
-                connection.execute(sqlalchemy.insert(_PARAMS), params)
-            for table, rows in ((_USER, user), (_SYSTEM, system)):
-                for row in rows:  # it may have been set before
-                    same = (table.c.trial_id == row["trial_id"]) & (table.c.key == row["key"])
-                    connection.execute(sqlalchemy.delete(table).where(same))
-                if rows:
-                    connection.execute(sqlalchemy.insert(table), rows)
-        self._unwritten.clear()
+        if self._unwritten:
+            with self._backend.engine.begin() as connection:
+                self._write(connection)
+            self._unwritten.clear()
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         if trial_id not in self._trials:
@@ -225,16 +235,54 @@ class TrialStorage(BaseStorage):
 
     # What they are made of
 
+    def _begin(self, trial_id: int) -> bool:
+        """Take a trial that waits; False where somebody else was quicker."""
+        known = self.get_trial(trial_id)
+        self.check_trial_is_updatable(trial_id, known.state)
+        waits = (_TRIALS.c.trial_id == trial_id) & (_TRIALS.c.state == TrialState.WAITING)
+        begin = sqlalchemy.update(_TRIALS).where(waits).values(state=TrialState.RUNNING, datetime_start=datetime.now())
+        with self._backend.engine.begin() as connection:
+            if not connection.execute(begin).rowcount:
+                return False
+            for key, value in self._marks.items():  # together, so that a trial that runs is somebody's
+                self.set_trial_user_attr(trial_id, key, value)
+            self._write(connection)
+        self._unwritten.clear()
+        self._own.add(trial_id)
+        self._take(self._read([trial_id]))
+        return True
+
+    def _write(self, connection: sqlalchemy.Connection) -> None:
+        """Write what was set of trials."""
+        params = [
+            {"trial_id": trial_id, "param_name": name, "param_value": value, "distribution_json": self._json(name, one)}
+            for trial_id, unwritten in self._unwritten.items()
+            for name, (value, one) in unwritten.params.items()
+        ]
+        if params:
+            connection.execute(sqlalchemy.insert(_PARAMS), params)
+        of_users = {trial_id: unwritten.user for trial_id, unwritten in self._unwritten.items()}
+        of_optuna = {trial_id: unwritten.system for trial_id, unwritten in self._unwritten.items()}
+        for table, attributes in ((_USER, of_users), (_SYSTEM, of_optuna)):
+            new = list[dict[str, Any]]()
+            for trial_id, found in attributes.items():
+                for key, (value, is_stored) in found.items():
+                    text = json.dumps(value)
+                    if is_stored:
+                        same = (table.c.trial_id == trial_id) & (table.c.key == key)
+                        connection.execute(sqlalchemy.update(table).where(same).values(value_json=text))
+                    else:
+                        new.append({"trial_id": trial_id, "key": key, "value_json": text})
+            if new:
+                connection.execute(sqlalchemy.insert(table), new)
+
     def _take(self, trials: Iterable[FrozenTrial]) -> None:
         """Keep trials as they are now."""
         for trial in trials:
             number = trial._trial_id
-            is_late = number not in self._trials and number < next(reversed(self._trials), 0)
-            self._trials[number] = trial
-            if is_late:
-                self._trials = dict(sorted(self._trials.items()))
+            _put(self._trials, trial)
             if not trial.state.is_finished():
-                self._open[number] = trial
+                _put(self._open, trial)
                 continue
             self._open.pop(number, None)
             self._own.discard(number)
@@ -255,11 +303,11 @@ class TrialStorage(BaseStorage):
         if study_id != (self._study_id or study_id):
             raise ValueError(f"a storage is of one study, but got the trials of {self._study_id} and {study_id}")
         self._study_id = study_id
-        latest = next(reversed(self._trials), 0)
-        changed = list[int]()
         with self._backend.engine.connect() as connection:
-            is_new = (_TRIALS.c.study_id == study_id) & (_TRIALS.c.trial_id > latest)
-            changed += connection.scalars(sqlalchemy.select(_TRIALS.c.trial_id).where(is_new))
+            is_new = (_TRIALS.c.study_id == study_id) & (_TRIALS.c.trial_id > self._looked)
+            new = connection.scalars(sqlalchemy.select(_TRIALS.c.trial_id).where(is_new)).all()
+            self._looked = max(new, default=self._looked)
+            changed = [number for number in new if number not in self._trials]  # or else it was made here
             for some in _parts([number for number in self._open if number not in self._own]):
                 query = sqlalchemy.select(_TRIALS.c.trial_id, _TRIALS.c.state).where(_TRIALS.c.trial_id.in_(some))
                 for number, state in connection.execute(query):
@@ -274,9 +322,11 @@ class TrialStorage(BaseStorage):
         """Trials as the database has them. Without intermediate values: trials of several objectives have none."""
         with self._backend.engine.connect() as connection:
             for some in _parts(numbers):
-                found = {table: _rows_of(connection, table, some) for table in (_PARAMS, _VALUES, _USER, _SYSTEM)}
                 query = sqlalchemy.select(_TRIALS).where(_TRIALS.c.trial_id.in_(some)).order_by(_TRIALS.c.trial_id)
-                for row in connection.execute(query):
+                # First the states, which are written last: a trial that ended meanwhile is read as if it still ran.
+                trials = connection.execute(query).all()
+                found = {table: _rows_of(connection, table, some) for table in (_PARAMS, _VALUES, _USER, _SYSTEM)}
+                for row in trials:
                     yield self._frozen(row, {table: rows.get(row.trial_id, []) for table, rows in found.items()})
 
     def _frozen(self, row: Row, own: Mapping[sqlalchemy.Table, list[Row]]) -> FrozenTrial:
@@ -312,6 +362,24 @@ class TrialStorage(BaseStorage):
             text = distribution_to_json(distribution)
             self._texts[name] = distribution, text
         return text
+
+
+def _put(trials: dict[int, FrozenTrial], trial: FrozenTrial) -> None:
+    """Keep trials in the order of their ids; those of others may come late."""
+    number = trial._trial_id
+    is_late = number not in trials and number < next(reversed(trials), 0)
+    trials[number] = trial
+    if is_late:
+        ordered = sorted(trials.items())
+        trials.clear()
+        trials.update(ordered)
+
+
+def _set(known: dict[str, Any], unwritten: dict[str, tuple[Any, bool]], key: str, value: Any) -> None:
+    """Set an attribute of a trial, which is written later."""
+    is_stored = unwritten[key][1] if key in unwritten else key in known
+    known[key] = value
+    unwritten[key] = value, is_stored
 
 
 def _rows_of(

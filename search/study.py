@@ -1,13 +1,14 @@
-"""The Optuna study: the only truth about trials, with one writer."""
+"""The Optuna study: the only truth about trials; those of a run are written by its driver alone."""
 
 from __future__ import annotations
 
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -29,8 +30,14 @@ from paretune.spaces.space import SearchSpace
 
 _SOURCE, _PLAN, _RECORD, _ERROR, _SPENT = "source", "plan", "record", "error", "spent_seconds"
 _STOPPED, _EXPECTED = "stopped", "expected_accuracy"
+_RUN = "run"
+"""The driver of a trial, in a study that several share."""
+
 _SAMPLER = "sampler"
-"""The source of trials that carry none: most, and each attribute is a transaction."""
+"""The source of trials that carry none, which are most."""
+
+_DRIVERS = MappingProxyType({"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"})
+"""Database to how a URL begins whose driver comes with the extra of that name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Proposal:
 
 
 class SearchStudy:
-    """A run's study: proposes plans and is told what came of them. The only writer of its storage.
+    """A run's study: proposes plans and is told what came of them. Nobody else writes to its trials.
 
     Args:
         name: The study's name in its storage.
@@ -52,6 +59,8 @@ class SearchStudy:
         sampler: Who proposes.
         objectives: Names of measured values, told in this order.
         constraints: Bounds that feasible trials keep.
+        run: Whose trials are told here, where other drivers have theirs in the same study: all that is said of trials
+            is said of these, and only the sampler looks at the others. None for a study of one's own.
     """
 
     def __init__(
@@ -63,13 +72,14 @@ class SearchStudy:
         *,
         objectives: Sequence[str],
         constraints: Sequence[Constraint] = (),
+        run: str | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = space
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
         self._distributions = space.distributions()
-        self._storage = TrialStorage(open_storage(url))
+        self._storage = TrialStorage(open_storage(url), {} if run is None else {_RUN: run})
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -83,12 +93,26 @@ class SearchStudy:
         if self._study.get_trials(deepcopy=False):
             sampler.reseed_rng()  # else a resumed search would propose again what it proposed with its seed before
         self.sampler = sampler
+        self._run = run
         self._running: dict[int, optuna.Trial] = {}
         self._front = Front(self.objectives)
         self._members: dict[int, TrialRow] = {}
         for row in self.rows():
             if row.feasible:
                 self._front.add(row.number, row.measurement.to_dict())
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has begun or enqueued a trial yet."""
+        return not self._study.get_trials(deepcopy=False)
+
+    def agree(self, key: str, value: Any) -> Any:
+        """What the first of the drivers that share a study has said under a key: this value, if nobody has."""
+        return self._storage.agree(self._storage.get_study_id_from_name(self._study.study_name), key, value)
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those of this run, in the order of their numbers."""
+        return _of_run(self._study.get_trials(deepcopy=False, states=states or None), self._run)
 
     def enqueue(self, plan: CompressionPlan, source: str) -> None:
         """Have a plan evaluated before the sampler's own."""
@@ -146,7 +170,7 @@ class SearchStudy:
 
     def recover(self) -> int:
         """Fail the trials that a killed run left running and enqueue them anew; returns how many."""
-        lost = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        lost = self._trials(TrialState.RUNNING)
         for trial in lost:
             # Enqueued plans are known whole from the start; a sampler's, killed before its last parameter, isn't.
             params = trial.system_attrs.get("fixed_params", trial.params)
@@ -157,22 +181,25 @@ class SearchStudy:
 
     def proposed(self) -> int:
         """How many trials were begun, but for those that were lost when a run was killed."""
-        trials = self._study.get_trials(deepcopy=False)
-        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        begun = [trial for trial in self._trials() if trial.state != TrialState.WAITING]
         return sum(trial.state != TrialState.FAIL or _ERROR in trial.user_attrs for trial in begun)
 
     @property
     def spent_seconds(self) -> float:
         """Seconds of search so far, over all resumptions, up to the last trial that ended."""
-        return float(self._study.user_attrs.get(_SPENT, 0.0))
+        return float(self._study.user_attrs.get(self._spent, 0.0))
 
     @spent_seconds.setter
     def spent_seconds(self, seconds: float) -> None:
-        self._study.set_user_attr(_SPENT, seconds)
+        self._study.set_user_attr(self._spent, seconds)
+
+    @property
+    def _spent(self) -> str:
+        return _SPENT if self._run is None else f"{_SPENT} of {self._run}"
 
     def rows(self) -> list[TrialRow]:
         """Every trial, in the order of its number."""
-        return [TrialRow(trial, self.constraints) for trial in self._study.get_trials(deepcopy=False)]
+        return [TrialRow(trial, self.constraints) for trial in self._trials()]
 
     def front(self) -> list[TrialRow]:
         """The feasible trials that no other one beats, fastest first; costs the same after any number of trials."""
@@ -186,6 +213,10 @@ def _source_of(trial: FrozenTrial) -> str:
     return str(source or ("enqueued" if "fixed_params" in trial.system_attrs else _SAMPLER))
 
 
+def _of_run(trials: Iterable[FrozenTrial], run: str | None) -> list[FrozenTrial]:
+    return [trial for trial in trials if run is None or trial.user_attrs.get(_RUN) == run]
+
+
 def _rungs(stopped: Mapping[str, Any]) -> tuple[Rung, ...]:
     return tuple(Rung(**rung) for rung in stopped["rungs"])
 
@@ -194,10 +225,11 @@ def stored_rows(job: Job, run: Path) -> list[TrialRow]:
     """Every trial of a run, in the order of its number; only reads, also while the run goes on."""
     url = job.storage or study_url(run)
     storage = open_storage(url)
-    if job.name not in optuna.get_all_study_names(storage):
+    if job.study_name not in optuna.get_all_study_names(storage):
         return []  # the run is still being prepared
-    study = optuna.load_study(study_name=job.name, storage=TrialStorage(storage))
-    return [TrialRow(trial, job.constraints) for trial in study.get_trials(deepcopy=False)]
+    study = optuna.load_study(study_name=job.study_name, storage=TrialStorage(storage))
+    trials = _of_run(study.get_trials(deepcopy=False), job.name if job.study else None)
+    return [TrialRow(trial, job.constraints) for trial in trials]
 
 
 class TrialRow:
@@ -298,8 +330,8 @@ def results_of(trial: FrozenTrial) -> tuple[Mapping[str, float], tuple[float, fl
 def open_storage(url: str) -> RDBStorage:
     """Optuna's storage behind a URL; SQLite in write-ahead mode.
 
-    A trial writes some fifty small transactions. With SQLite's defaults each waits for the disk (over 100 ms a trial);
-    write-ahead with normal synchronisation survives any kill of the process just as well.
+    A trial writes five transactions. With SQLite's defaults each waits for the disk; write-ahead with normal
+    synchronisation survives any kill of the process just as well.
 
     Raises:
         JobError: It can't be opened.
@@ -307,28 +339,22 @@ def open_storage(url: str) -> RDBStorage:
     try:
         storage = RDBStorage(url)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise JobError(
-            "storage", "must be a database URL that opens", repr(redacted(url)), f"correct it ({redacted(error)})"
-        ) from error
+        remedy = _install_driver(url) if isinstance(error, ImportError) else f"correct it ({redacted(error)})"
+        raise JobError("storage", "must be a database URL that opens", repr(redacted(url)), remedy) from error
     if url.startswith("sqlite"):
         sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
         storage.engine.dispose()  # connections made before the listener don't have the settings
     return storage
 
 
-def check_new_study(job: Job) -> None:
-    """Check the storage that a job names, before anything is spent; one in the run folder is always new.
-
-    Raises:
-        JobError: It can't be opened, or holds a study of that name, whose trials would pass for those of the new run.
-    """
-    if job.storage and job.name in optuna.get_all_study_names(open_storage(job.storage)):
-        raise JobError(
-            "name",
-            "must name a study that the storage doesn't hold yet",
-            repr(job.name),
-            "choose another name (-o name=…), or go on with that study's run (`paretune resume`)",
-        )
+def _install_driver(url: str) -> str:
+    """What to do where a database's driver isn't installed."""
+    scheme = url.partition("://")[0]
+    database = scheme.partition("+")[0]
+    if database not in _DRIVERS:
+        return f"install the driver of {scheme}"
+    named = "" if scheme == _DRIVERS[database] else f" and begin it with {_DRIVERS[database]}://"
+    return f"pip install 'paretune[{database}]'{named}"
 
 
 def _write_ahead(connection: sqlite3.Connection, _record: Any) -> None:

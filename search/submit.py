@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from paretune.errors import JobError
-from paretune.search.job import Job, load_job
-from paretune.search.job_diff import is_weights, leaves
-from paretune.search.job_yaml import parse_yaml, read_yaml
+from paretune.search._runfiles import redacted
+from paretune.search.job import Job, load_job, override
+from paretune.search.job_diff import is_file, leaves
+from paretune.search.job_yaml import read_yaml
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -61,12 +62,15 @@ def make_submission(path: Path, overrides: Sequence[str] = (), *, exclude: Seque
     """
     job = load_job(path, overrides)
     path = path.resolve()
-    _check_results(path, overrides)
-    _check_files(path)
+    content = read_yaml(path)
+    for assignment in overrides:
+        override(content, assignment)
+    _check_results(content)
+    _check_files(content, path.parent)
     # The cluster is the one that the job is sent to, and what is sent has the environment of the trials already: Ray
     # refuses to be told the same again.
     arguments = ["-o", "ray.address=auto", "-o", "ray.runtime_env={}"] if job.search.executor == "ray" else []
-    given = [part for override in overrides for part in ("-o", override)]
+    given = [part for assignment in overrides for part in ("-o", assignment)]
     command = ["paretune", "run", path.name, "--resume", *given, *arguments]
     return Submission(
         job.name,
@@ -103,7 +107,8 @@ class Cluster:
 
     def jobs(self) -> list[JobDetails]:
         """All jobs that were submitted, the oldest first."""
-        found = [job for job in self._client.list_jobs() if job.submission_id]
+        with self._reaching():
+            found = [job for job in self._client.list_jobs() if job.submission_id]
         return sorted(found, key=lambda job: job.start_time or 0)
 
     def details(self, job_id: str) -> JobDetails:
@@ -141,11 +146,13 @@ class Cluster:
                 runtime_env=dict(submission.runtime_env),
                 metadata={"job": submission.name},
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, PermissionError) as error:  # the last one of a file that can't be read
             if may_wait and "No available agent" in str(error):
                 return ""
             remedy = "leave large files out with --exclude, or try again when the cluster is up"
             raise JobError("the job", "must be something that the cluster takes", error, remedy) from error
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     def _reach(self) -> JobSubmissionClient:
         if find_spec("aiohttp") is None:  # it comes with ray[default] alone
@@ -165,14 +172,21 @@ class Cluster:
 
     def _ask(self, question: Callable[[str], _T], job_id: str) -> _T:
         try:
-            return question(job_id)
-        except OSError as error:
-            raise self._unreachable(error) from error
+            with self._reaching():
+                return question(job_id)
         except RuntimeError as error:
             if "does not exist" not in str(error):
                 raise
             remedy = "`paretune status` without an ID lists those that it knows"
             raise JobError("ID", "must be a job of this cluster", repr(job_id), remedy) from error
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Say where a connection was lost, or the cluster has gone."""
+        try:
+            yield
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> JobError:
         got = f"{self._address or 'none'} ({(str(error) or type(error).__name__).splitlines()[0]})"
@@ -184,25 +198,22 @@ class Cluster:
 
 
 def as_row(job: JobDetails) -> dict[str, Any]:
-    """A job's ID, status, message and times (seconds since 1970), as JSON can hold them."""
+    """A job's ID, status, message and times (seconds since 1970), as JSON can hold them, without passwords in URLs."""
     return {
         "id": job.submission_id,
         "job": (job.metadata or {}).get("job"),
         "status": job.status.value,
-        "message": job.message or "",
+        "message": redacted(job.message or ""),
         "exit_code": job.driver_exit_code,
         "began": job.start_time and job.start_time / 1000,
         "ended": job.end_time and job.end_time / 1000,
-        "entrypoint": job.entrypoint,
+        "entrypoint": redacted(job.entrypoint),
     }
 
 
-def _check_results(path: Path, overrides: Sequence[str]) -> None:
+def _check_results(content: Mapping[str, Any]) -> None:
     """The job runs in a folder that Ray makes and removes, so a relative one would be lost."""
-    results = read_yaml(path).get("results")
-    for key, _, text in (override.partition("=") for override in overrides):
-        if key.strip() == "results":
-            results = parse_yaml(text, where="override results")
+    results = content.get("results")
     if not isinstance(results, str) or not Path(results).is_absolute():
         raise JobError(
             "results",
@@ -212,11 +223,10 @@ def _check_results(path: Path, overrides: Sequence[str]) -> None:
         )
 
 
-def _check_files(path: Path) -> None:
+def _check_files(content: Mapping[str, Any], folder: Path) -> None:
     """What is named relative to the job file must be in its folder, which is what is sent."""
-    folder = path.parent
-    for key, value in leaves(read_yaml(path)):
-        if not isinstance(value, str) or not (is_weights(key) or key.startswith("python_path")):
+    for key, value in leaves(content):
+        if not isinstance(value, str) or not (is_file(key) or key.startswith("python_path")):
             continue
         file = Path(value)
         if file.is_absolute():

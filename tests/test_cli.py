@@ -81,6 +81,14 @@ def test_version(cli: Cli, tmp_path: Path) -> None:
     assert cli("--version", cwd=tmp_path).stdout.strip() == paretune.__version__
 
 
+def test_a_file_in_the_working_directory_stands_in_for_no_package(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise AssertionError('not the package')")
+    done = subprocess.run(
+        [sys.executable, "-m", "paretune", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, paretune.__version__), done.stderr
+
+
 def test_help_names_every_command(cli: Cli, tmp_path: Path) -> None:
     text = cli("--help", cwd=tmp_path).stdout
     single = ("demo", "init", "check", "doctor", "run", "resume", "show", "report", "export")

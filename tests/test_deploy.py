@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+import paretune
 from paretune.search.job import make_job
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
@@ -67,6 +70,13 @@ def test_the_launcher_takes_the_cluster() -> None:
     assert "measure" not in kinds["trainer"]
 
 
+def test_the_nodes_install_the_wheel_of_this_version(tmp_path: Path) -> None:
+    (command,) = [line for line in read("ray-cluster.yaml")["setup_commands"] if "pip install" in line]
+    requirement = Requirement(shlex.split(command)[-1])
+    assert (requirement.name, requirement.extras) == ("paretune", {"cluster"})
+    assert requirement.url == f"file:///shared/paretune-{paretune.__version__}-py3-none-any.whl"
+
+
 def test_the_rayjob_is_whole() -> None:
     job = read("kuberay-rayjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -109,10 +119,19 @@ class Slurm:
         """What was called, in the order of the calls."""
         return self._log.read_text().splitlines() if self._log.exists() else []
 
+    def wait_for(self, text: str, count: int = 1) -> None:
+        """Until so many calls have that in them; what the script starts in the background may come late."""
+        for _ in range(100):
+            if sum(text in line for line in self.lines()) >= count:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{text!r} isn't there {count} times: {self.lines()}")
+
 
 def test_slurm_gives_each_node_its_part(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path)
     assert slurm.process.wait(timeout=60) == 1, "the job's exit code"
+    slurm.wait_for("ray start", 4)
     called = slurm.lines()
     started = {line.split()[0]: line.partition("--block ")[2] for line in called if "ray start" in line}
     address = "10.0.0.1:20123"
@@ -131,10 +150,7 @@ def test_slurm_gives_each_node_its_part(tmp_path: Path) -> None:
 
 def test_slurm_stops_the_driver_before_the_time_is_up_and_requeues(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path, wait=True)
-    for _ in range(100):
-        if any(line.startswith("driver") for line in slurm.lines()):
-            break
-        time.sleep(0.1)
+    slurm.wait_for("driver ")
     slurm.process.send_signal(signal.SIGTERM)
     assert slurm.process.wait(timeout=60) == 143
     assert slurm.lines()[-2:] == ["files written", "scontrol requeue 123"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,20 @@ class RemoteBench:
     Args:
         problem: What the trial is about; knows the targets' capabilities.
         gauges: Of the run.
+        waiting: Gives a block in which a gauge is waited for.
     """
 
-    def __init__(self, problem: Problem, gauges: Gauges) -> None:
+    def __init__(
+        self, problem: Problem, gauges: Gauges, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._problem = problem
         self._gauges = gauges
+        self._waiting = waiting
 
     @cached_property
     def layers(self) -> Mapping[str, list[str]]:
         """Target's name to the layers whose width its runtime reports."""
-        with self._problem.device().aside():
+        with self._waiting(), self._problem.device().aside():
             found: Mapping[str, list[str]] = self._gauges.measure(_layers, {})
         return found
 
@@ -64,7 +69,7 @@ class RemoteBench:
         names = {name for site in self._problem.sites.values() for name in (site.model, site.packed)}
         files = {name: folder / name for name in names if (folder / name).is_file()}
         work = partial(_measure, method=method, arguments=arguments)
-        with watch.phase("wait"), self._problem.device().aside():
+        with self._waiting(), watch.phase("wait"), self._problem.device().aside():
             found, seconds = self._gauges.measure(work, files)
             watch.add(seconds)
         return found

@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
 
 from paretune.errors import JobError
+from paretune.objectives.device import is_cuda
+from paretune.search.job import Job
 from paretune.search.job_sections import RaySection, TrialResources
 from paretune.search.local import cores
 
@@ -37,7 +40,7 @@ class Connection:
             ray.shutdown()
 
 
-def connect(section: RaySection) -> Connection:
+def connect(job: Job) -> Connection:
     """Connect to the job's cluster, or start a Ray on this machine where it names none.
 
     A Ray that the caller has initialized is used, and left running. ``RAY_ADDRESS``, which Ray sets for submitted jobs,
@@ -46,21 +49,34 @@ def connect(section: RaySection) -> Connection:
     Raises:
         JobError: There is no such cluster, or it has no nodes that fit.
     """
-    is_ours = not ray.is_initialized()
+    section, is_ours = job.ray, not ray.is_initialized()
+    address = section.address or os.environ.get("RAY_ADDRESS") or "local"
     if is_ours:
-        _begin(section)
+        _begin(section, address)
     connection = Connection(is_ours)
     try:
         _refuse_client()
-        _await_nodes(section, _JOIN_SECONDS if section.address else 0.0)
+        if not is_ours:
+            _check_given(section)
+        _await_nodes(job, _JOIN_SECONDS if is_ours and address != "local" else 0.0)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _begin(section: RaySection) -> None:
-    address = section.address or os.environ.get("RAY_ADDRESS") or "local"
+def _check_given(section: RaySection) -> None:
+    """See that a Ray which was initialized before is what the job asks for."""
+    remedy = "leave it out, or don't call ray.init before"
+    given = ray.get_runtime_context().gcs_address
+    if section.address not in (None, "auto", given):
+        rule = "must be the cluster that this process is connected to already"
+        raise JobError("ray.address", rule, f"{section.address!r}, not {given!r}", remedy)
+    if section.runtime_env:
+        raise JobError("ray.runtime_env", "must be empty where ray.init was called before", section.runtime_env, remedy)
+
+
+def _begin(section: RaySection, address: str) -> None:
     options: dict[str, Any] = {"runtime_env": section.runtime_env or None}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": cores()}
@@ -81,6 +97,8 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if address in ("local", "auto"):
         return
+    if address.startswith("http"):
+        raise _unreachable(address, "the dashboard's", "unset RAY_ADDRESS, or set ray.address, e.g. to auto")
     if not host or not port.isdecimal():
         raise _unreachable(address, "neither auto nor HOST:PORT", "write e.g. auto or head-node:6379")
     try:
@@ -112,31 +130,45 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _await_nodes(section: RaySection, seconds: float) -> None:
+def _await_nodes(job: Job, seconds: float) -> None:
     """Wait until the cluster can run the job, for so long."""
     end = time.monotonic() + seconds
-    while error := lacking(ray.nodes(), section):  # type: ignore[no-untyped-call]
+    while error := lacking(ray.nodes(), job.ray, gauge_takes(job)):  # type: ignore[no-untyped-call]
         if time.monotonic() >= end:
             raise error
         time.sleep(1.0)
 
 
-def lacking(nodes: Sequence[Mapping[str, Any]], section: RaySection) -> JobError | None:
+def gauge_takes(job: Job) -> dict[str, float]:
+    """What a gauge takes of its node, in Ray's names; nothing where it shares the driver's."""
+    if job.ray.measure is None:
+        return {}
+    gpus = [int(device.partition(":")[2] or 0) for device in job.devices if is_cuda(device)]
+    return {job.ray.measure: 1.0} | ({"GPU": float(max(gpus) + 1)} if gpus else {})
+
+
+def lacking(
+    nodes: Sequence[Mapping[str, Any]], section: RaySection, takes: Mapping[str, float] = MappingProxyType({})
+) -> JobError | None:
     """Why a cluster can't run a job: no node has what a trial takes, or what the job's measuring nodes must have.
 
     Args:
         nodes: As `ray.nodes` tells them.
         section: What the job wants of them.
+        takes: What a gauge takes of each measuring node.
 
     Returns:
         None where it can.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     wanted = amounts(section.resources)
-    if not any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in alive):
+    left = [{k: v - takes.get(k, 0.0) if section.measure in node else v for k, v in node.items()} for node in alive]
+    if not any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in left):
         rule = f"must fit on one node: {_words(wanted)}"
-        has = "; ".join(_words({name: node.get(name, 0.0) for name in wanted}) for node in alive) or "no nodes"
-        return JobError("ray.resources", rule, f"nodes with {has}", "ask for less, or start larger nodes")
+        has = "; ".join(_words({name: node.get(name, 0.0) for name in wanted}) for node in left) or "no nodes"
+        return JobError(
+            "ray.resources", rule, f"nodes with {has} beside what measures", "ask for less, or start larger nodes"
+        )
     measuring = {node[section.measure] for node in alive if section.measure in node}
     if section.measure is None or measuring == {1.0}:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +43,11 @@ class Equipment:
         """For the trials of a run whose folder holds the measured baseline."""
         return cls(cloudpickle.dumps(job), own_path(), gauges.of_run(run))
 
-    def open(self) -> Evaluator:
+    def open(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Evaluator:
         """Load everything, once for each trainer; it trains with the threads and the share of a GPU that it takes.
+
+        Args:
+            waiting: Gives a block in which a trial waits for a gauge.
 
         Raises:
             JobError: What the job names isn't on this machine.
@@ -51,13 +56,14 @@ class Equipment:
         job: Job = cloudpickle.loads(self.job)  # from the driver, never from a file
         takes = job.ray.resources
         torch.set_num_threads(max(1, int(takes.cpu)))
-        share_gpu(training_device(job.finetune.device), max(1, round(1 / takes.gpu)) if takes.gpu else 1)
+        sharing = max(1, round(1 / takes.gpu)) if takes.gpu else job.search.workers
+        share_gpu(training_device(job.finetune.device), sharing)
         run = scratch("trainer")
         files: Parcel = ray.get(self.gauges.files[0])
         files.unpack(run)
         with Device(*filter(is_here, job.devices)).shared():
             problem = load_problem(job, self.gauges.capabilities)
-        return Evaluator(problem, Baseline(run / BASELINE), RemoteBench(problem, self.gauges))
+        return Evaluator(problem, Baseline(run / BASELINE), RemoteBench(problem, self.gauges, waiting))
 
     def carry_out(self, folder: Path) -> Parcel:
         """Pack a folder for another machine."""

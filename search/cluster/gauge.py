@@ -23,20 +23,20 @@ import cloudpickle
 import ray
 import torch
 
-from paretune.errors import JobError, ParetuneError, SearchError, TrialError
-from paretune.objectives.accelerator import training_device
+from paretune.errors import JobError, ParetuneError, TrialError
+from paretune.objectives.accelerator import gpu_is_broken
 from paretune.objectives.baseline import Baseline
 from paretune.objectives.bench import LocalBench
 from paretune.objectives.device import Device, is_cuda
 from paretune.objectives.environment import environment
 from paretune.objectives.evaluate import Evaluator
 from paretune.objectives.problem import Problem
-from paretune.search.cluster.hardware import differences, hardware
+from paretune.search.cluster.hardware import check_alike
 from paretune.search.cluster.parcels import Parcel, files_below, pack_files
 from paretune.search.cluster.scratch import scratch
 from paretune.search.executor import Report
 from paretune.search.job import Job
-from paretune.search.problem import BASELINE, load_problem
+from paretune.search.problem import BASELINE, load_problem, without_trainer
 
 _LOAD_SECONDS = 600.0
 """A gauge that takes longer to load the model and the data hangs."""
@@ -72,7 +72,7 @@ class Station:
     @cached_property
     def evaluator(self) -> Evaluator:
         """For requests as local workers serve them."""
-        return Evaluator(self.problem, self.baseline)
+        return Evaluator(self.problem, self.baseline, self.bench)
 
 
 Work = Callable[[Station, Path, Report], Any]
@@ -149,15 +149,24 @@ class Gauge:
             shipped: The files that it is about.
             files: A reference to the parcel of the run's files, or none.
         """
+        if gpu_is_broken():  # by an earlier errand; Ray starts this process again
+            os._exit(1)
+        try:
+            with _watchdog(_LOAD_SECONDS):
+                check_alike(errand.hardware, self._environment)
+                station = self._at(files)
+        except Exception as error:
+            yield Reply(error=_portable(error), details=traceback.format_exc())
+            return
         yield Said("")
         if not errand.talks:
             # In this thread, always the same: what is loaded may hold on to the thread that loaded it.
-            yield self._carry_out(errand, shipped, files, lambda line: None)
+            yield self._carry_out(errand, station, shipped, lambda line: None)
             return
         said: SimpleQueue[Said | Reply] = SimpleQueue()
 
         def work() -> None:
-            said.put(self._carry_out(errand, shipped, files, lambda line: said.put(Said(line))))
+            said.put(self._carry_out(errand, station, shipped, lambda line: said.put(Said(line))))
 
         threading.Thread(target=work, daemon=True).start()
         while not isinstance(item := said.get(), Reply):
@@ -168,11 +177,8 @@ class Gauge:
         """Remove what lies on this machine's disk."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _carry_out(self, errand: Errand, shipped: Parcel | None, files: Sequence[Any], report: Report) -> Reply:
+    def _carry_out(self, errand: Errand, station: Station, shipped: Parcel | None, report: Report) -> Reply:
         try:
-            with _watchdog(_LOAD_SECONDS):
-                check_alike(errand.hardware, self._environment)
-                station = self._at(files)
             with TemporaryDirectory(dir=self._scratch) as made, _watchdog(errand.limit):
                 folder = Path(made) / "files"
                 if shipped is not None:
@@ -204,14 +210,8 @@ class Gauge:
 
     @cached_property
     def _problem(self) -> Problem:
-        job = self._job
-        try:
-            training_device(job.finetune.device)
-        except JobError:  # that is the trainers' device: it need not be here
-            own = job.finetune.model_copy(update={"device": "auto", "precision": "auto"})
-            job = job.model_copy(update={"finetune": own})
-        with Device(*job.devices).shared():
-            return load_problem(job)
+        with Device(*self._job.devices).shared():
+            return load_problem(without_trainer(self._job))
 
     def _at(self, files: Sequence[Any]) -> Station:
         """With the files of the run; what was loaded of another's, e.g. before there was one, goes."""
@@ -224,24 +224,6 @@ class Gauge:
             self._station = Station(self._job, self._problem, self._environment, folder)
             self._run = files[0].hex()
         return self._station
-
-
-def check_alike(expected: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-    """See that a measuring machine is like those that measured before it.
-
-    Args:
-        expected: What they are, as of `paretune.search.cluster.hardware.hardware`.
-        environment: Of this one, with the name of its ``node``.
-
-    Raises:
-        SearchError: It isn't.
-    """
-    if unlike := differences(expected, hardware(environment)):
-        raise SearchError(
-            "all that is measured in a run must be measured on like hardware, because latencies are compared, but on "
-            f"{environment['node']} {'; '.join(unlike)}; give ray.measure to equal nodes alone, those of the run's "
-            "environment.json, or begin a run of its own there"
-        )
 
 
 @contextmanager

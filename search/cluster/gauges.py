@@ -20,9 +20,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from paretune.errors import SearchError, TrialError
-from paretune.objectives.device import is_cuda
 from paretune.objectives.runtimes import Capabilities
 from paretune.objectives.verify import Verified, verify
+from paretune.search.cluster.connection import gauge_takes
 from paretune.search.cluster.gauge import Errand, Gauge, Reply, Said, Station, Work, own_path
 from paretune.search.cluster.hardware import hardware
 from paretune.search.cluster.parcels import files_below, pack_files
@@ -45,7 +45,7 @@ _MEASURING = 1 / 3
 """Share of a trial's time that one measurement may take: what hangs must be ended before those who wait run out of
 theirs."""
 
-_PAUSE, _CLOSE_SECONDS = 1.0, 5.0
+_POLL, _PAUSE, _CLOSE_SECONDS = 1.0, 1.0, 5.0
 
 T = TypeVar("T")
 
@@ -212,7 +212,7 @@ class Gauges:
                 raise SearchError(
                     f"a measuring node must be reachable, but none has been for {self.patience:.0f} s "
                     f"({found.reason}); every finished trial is kept: start the node again, then go on with "
-                    "`paretune resume`"
+                    "`paretune resume`, or run the job again if it hadn't begun"
                 )
             time.sleep(_PAUSE)
         raise AssertionError  # for mypy: counting has no end
@@ -254,9 +254,9 @@ def open_gauges(
     options, limit = _actor_options(job), _MEASURING * job.search.trial_timeout
     setup = cloudpickle.dumps(job), own_path(), _threads(job)
     actor: Any = ray.remote(Gauge)
-    handles: tuple[Any, ...] = tuple(actor.options(**options).remote(*setup) for _ in range(_measuring_nodes(job)))
+    made: list[Any] = []
     try:
-        _await(handles)
+        handles = _started(lambda: actor.options(**options).remote(*setup), job, made)
         expected = hardware(environment) if environment else {}
         for handle in handles:  # so that all of them load at once
             handle.run.options(num_returns="streaming").remote(Errand(_describe, expected), None, ())
@@ -268,18 +268,50 @@ def open_gauges(
         found, capabilities = described[0]
         yield Gauges(handles, found, capabilities, expected, limit, PATIENCE, storage)
     finally:
-        _close(handles)
+        _close(made)
 
 
-def _await(handles: Sequence[Any]) -> None:
-    started, _ = ray.wait(
-        [handle.__ray_ready__.remote() for handle in handles], num_returns=len(handles), timeout=_START_SECONDS
+def _started(make: Callable[[], Any], job: Job, made: list[Any]) -> tuple[Any, ...]:
+    """As many gauges as there are measuring nodes, each of which runs.
+
+    A node that died a moment ago may still be counted. And an actor may die while it is registered, for good: Ray takes
+    its driver for a failed one where the same process was connected to the cluster before.
+
+    Args:
+        make: Begins one.
+        job: Names the measuring nodes.
+        made: Gets all that were begun.
+
+    Raises:
+        SearchError: They don't start.
+    """
+    waiting: dict[Any, Any] = {}
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        while len(waiting) < _measuring_nodes(job):
+            made.append(make())
+            waiting[made[-1].__ray_ready__.remote()] = made[-1]
+        ready, others = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL)
+        dead = [reference for reference in ready if not _lives(reference)]
+        for reference in dead:
+            del waiting[reference]
+            time.sleep(_PAUSE)
+        if not dead and len(ready) >= _measuring_nodes(job):
+            for reference in others:
+                ray.kill(waiting[reference])
+            return tuple(waiting[reference] for reference in ready)
+    raise SearchError(
+        f"a process must start on each of {_measuring_nodes(job)} measuring nodes, but only {len(ready)} did within "
+        f"{_START_SECONDS:.0f} s; look at `ray status`, and wait for other searches that measure there"
     )
-    if len(started) < len(handles):
-        raise SearchError(
-            f"a process must start on each of {len(handles)} measuring nodes, but only {len(started)} did within "
-            f"{_START_SECONDS:.0f} s; look at `ray status`, and wait for other searches that measure there"
-        )
+
+
+def _lives(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+    except RayError:
+        return False
+    return True
 
 
 def _measuring_nodes(job: Job) -> int:
@@ -298,8 +330,8 @@ def _actor_options(job: Job) -> dict[str, Any]:
         here = ray.get_runtime_context().get_node_id()
         return common | {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     # A node has 1 of the resource, so that each has one gauge; one that replaces a node takes over its gauge.
-    gpus = [int(device.partition(":")[2] or 0) for device in job.devices if is_cuda(device)]
-    return common | {"resources": {job.ray.measure: 1}, "num_gpus": max(gpus, default=-1) + 1}
+    takes = gauge_takes(job)
+    return common | {"num_gpus": takes.pop("GPU", 0), "resources": takes}
 
 
 def _threads(job: Job) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from paretune.errors import SearchError
+
 _ALIKE = ("processor", "cores", "governor", "boost", "cuda", "torch", "openvino", "onnxruntime", "tensorrt")
 """What decides how fast an artifact runs, beside the GPUs and the memory, of `paretune.objectives.environment`."""
 
@@ -46,3 +48,21 @@ def _same(key: str, one: Any, other: Any) -> bool:
     if key == "memory_gib" and numbers:
         return bool(abs(one - other) <= _MEMORY * max(one, other))
     return bool(one == other)
+
+
+def check_alike(expected: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """See that a measuring machine is like those that measured before it.
+
+    Args:
+        expected: What they are, as of `paretune.search.cluster.hardware.hardware`.
+        environment: Of this one, with the name of its ``node``.
+
+    Raises:
+        SearchError: It isn't.
+    """
+    if unlike := differences(expected, hardware(environment)):
+        raise SearchError(
+            "all that is measured in a run must be measured on like hardware, because latencies are compared, but on "
+            f"{environment['node']} {'; '.join(unlike)}; give ray.measure to equal nodes alone, those of the run's "
+            "environment.json, or begin a run of its own there"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import socket
@@ -133,11 +134,14 @@ def pack_files(files: Files, storage: str | None = None) -> Parcel:
 
 
 @contextmanager
-def own_storage(storage: str | None) -> Iterator[str | None]:
-    """A place of one's own in a shared storage, removed afterwards with all that was left there; None has none.
+def own_storage(storage: str | None, run: Path) -> Iterator[str | None]:
+    """A run's own place in a shared storage, removed afterwards with all that was left there; None has none.
+
+    What a killed driver left there goes when its run goes on.
 
     Args:
         storage: Folder or URL.
+        run: The run folder.
 
     Raises:
         JobError: It can't be written to and read from.
@@ -147,9 +151,11 @@ def own_storage(storage: str | None) -> Iterator[str | None]:
         return
     if "://" not in storage:
         storage = os.path.abspath(storage)  # noqa: PTH100 - a Path would do it too, but URLs are strings
-    place = f"{storage.rstrip('/')}/paretune-{uuid.uuid4().hex}"
+    home = hashlib.sha256(f"{socket.gethostname()}:{run.resolve()}".encode()).hexdigest()[:16]
+    place = f"{storage.rstrip('/')}/paretune-{run.name}-{home}"
     remedy = "name a folder or URL that all nodes reach, and install what fsspec wants for it (e.g. s3fs)"
     try:
+        _remove(place)
         trial = pack_files({}, place)
         trial.merge(Path())
         trial.discard()
@@ -159,9 +165,13 @@ def own_storage(storage: str | None) -> Iterator[str | None]:
     try:
         yield place
     finally:
-        system, path = _open(place)
-        if system.exists(path):
-            system.rm(path, recursive=True)
+        _remove(place)
+
+
+def _remove(place: str) -> None:
+    system, path = _open(place)
+    if system.exists(path):
+        system.rm(path, recursive=True)
 
 
 def _open(url: str) -> tuple[Any, str]:

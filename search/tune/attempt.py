@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 from paretune.errors import ParetuneError, SearchError
@@ -36,6 +37,7 @@ class Attempt:
         self.number = number
         self._carry_out = carry_out
         self._limit = time.monotonic() + deadline
+        self._is_paused = False
         self._news = threading.Condition()
         self._progress: Progress | None = None
         self._told: Told | None = None
@@ -57,9 +59,29 @@ class Attempt:
     def wait(self) -> Progress | Told | None:
         """The newest that isn't known yet, the end before all; None where the deadline passes without any."""
         with self._news:
-            self._news.wait_for(lambda: self._told or self._progress, max(0.0, self._limit - time.monotonic()))
+            while not (self._told or self._progress):
+                left = None if self._is_paused else self._limit - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self._news.wait(left)
             progress, self._progress = self._progress, None
             return self._told or progress
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Don't count a block towards the deadline: a trial that waits for its turn to be measured isn't slow."""
+        start = time.monotonic()
+        self._pause(True, 0.0)
+        try:
+            yield
+        finally:
+            self._pause(False, time.monotonic() - start)
+
+    def _pause(self, is_paused: bool, waited: float) -> None:
+        with self._news:
+            self._is_paused = is_paused
+            self._limit += waited
+            self._news.notify_all()
 
     def end(self, timeout: float) -> bool:
         """Ask it to end; returns whether it did within so many seconds."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from paretune.objectives.evaluate import Evaluator
 from paretune.search.cluster.parcels import Parcel
+
+Waiting = Callable[[], AbstractContextManager[None]]
 
 
 class Equipment(Protocol):
@@ -15,8 +19,12 @@ class Equipment(Protocol):
     `paretune.search.cluster.equipment.Equipment` is that of a job.
     """
 
-    def open(self) -> Evaluator:
-        """Load it; called once in each worker."""
+    def open(self, waiting: Waiting) -> Evaluator:
+        """Load it; called once in each worker.
+
+        Args:
+            waiting: Gives a block in which a trial waits for others, which isn't counted towards its deadline.
+        """
 
     def carry_out(self, folder: Path) -> Parcel:
         """Pack a folder for another machine."""

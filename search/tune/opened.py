@@ -14,7 +14,7 @@ from paretune.errors import JobError
 from paretune.search.executor import Report
 from paretune.search.job import Job
 from paretune.search.ray import RayExecutor
-from paretune.search.run import Search
+from paretune.search.run import Search, as_job
 from paretune.search.run import open_search as open_any_search
 from paretune.search.tune.failures import survive_deaths
 from paretune.search.tune.scheduler import WorkScheduler
@@ -57,11 +57,13 @@ def open_search(job: Job | Mapping[str, Any] | str | Path, *, report: Report | N
     Raises:
         JobError: The job is wrong, names another executor, or its run is open elsewhere.
     """
+    job = as_job(job)
+    if job.search.executor != "ray":
+        got = repr(job.search.executor)
+        raise JobError("search.executor", "must be ray for Ray Tune", got, "set it, or use paretune.run")
     with open_any_search(job, report=report) as search, survive_deaths():
         executor = search.executor
-        if not isinstance(executor, RayExecutor):
-            got = repr(search.job.search.executor)
-            raise JobError("search.executor", "must be ray for Ray Tune", got, "set it, or use paretune.run")
+        assert isinstance(executor, RayExecutor)
         searcher = WorkSearcher(search.trials, executor.equipment, retries=search.job.ray.retries)
         trainable = tune.with_resources(
             tune.with_parameters(PlanTrainable, equipment=executor.equipment),

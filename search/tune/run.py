@@ -121,6 +121,9 @@ class _Forgetting(tune.Callback):
         if self._handler is not None:  # Tune has just put its own in its place, and never takes it away
             signal.signal(signal.SIGUSR1, self._handler)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, and the handler may be whatever another Tuner has left there
+
     def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **_info: Any) -> None:
         self._forget(trial)
 

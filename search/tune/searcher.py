@@ -20,7 +20,8 @@ from paretune.search.tune.events import Cargo, artifact_of, outcome_of
 from paretune.search.tune.failures import Blame, Failure
 
 _START_LIMIT = 3
-"""So many workers in a row, or as many as there are, may fail to load what trials need; then the search ends."""
+"""So many workers, or as many as there are, may fail to load what trials need before any was heard; then the search
+ends. Later, a request that meets so many of them fails."""
 
 _FETCH_SECONDS = 600.0
 """An artifact that takes longer on its way from another node is lost."""
@@ -33,6 +34,7 @@ class _Attempt:
     Attributes:
         assignment: The request.
         retries: How often it was begun before.
+        failed_starts: How often its worker couldn't load what trials need.
         cargo: What is under way to the worker.
         progress: What it told last.
         is_unwanted: Whether it was asked to end.
@@ -41,6 +43,7 @@ class _Attempt:
 
     assignment: Assignment
     retries: int = 0
+    failed_starts: int = 0
     cargo: list[Cargo] = field(default_factory=list)
     progress: Progress | None = None
     is_unwanted: bool = False
@@ -88,8 +91,9 @@ class WorkSearcher(Searcher):
         with self._noting_errors():
             attempt = self._next()
             if attempt is not None:
+                config = self._config(attempt)
                 self._running[trial_id] = attempt
-                return self._config(attempt)
+                return config
             # Tune never asks again after this, and a request that runs may yet be suggested a second time.
             if self.error is None and self._work.is_over and not self._running:
                 return str(Searcher.FINISHED)
@@ -181,12 +185,14 @@ class WorkSearcher(Searcher):
     def _look_into(self, attempt: _Attempt) -> None:
         """Begin a trial again that broke off, or tell that it failed."""
         failure = attempt.failure or Failure(Blame.TRIAL, "Ray Tune gave it up without a reason")
-        fresh = _Attempt(attempt.assignment, attempt.retries)
-        is_death = failure.blame is Blame.DEATH
-        if failure.blame is Blame.WORKER or (is_death and not self._was_heard):
+        fresh = _Attempt(attempt.assignment, attempt.retries, attempt.failed_starts)
+        is_death, is_start = failure.blame is Blame.DEATH, failure.blame is Blame.WORKER
+        if (is_death or is_start) and not self._was_heard:
             self._count_failed_start(failure)
-        if failure.blame in (Blame.WORKER, Blame.NOBODY):
+        if failure.blame is Blame.NOBODY:
             self._waiting.append(fresh)
+        elif is_start and attempt.failed_starts + 1 < _START_LIMIT:
+            self._waiting.append(replace(fresh, failed_starts=attempt.failed_starts + 1))
         elif is_death and attempt.retries < self._retries:
             self._waiting.append(replace(fresh, retries=attempt.retries + 1))
         else:

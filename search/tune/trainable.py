@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +47,7 @@ class PlanTrainable(tune.Trainable):
         self._attempt: Attempt | None = None
         self._unready: WorkerUnreadyError | None = None
         try:
-            self._evaluator = within(self.start_seconds, equipment.open)
+            self._evaluator = within(self.start_seconds, lambda: equipment.open(self._waiting))
         except Exception as error:  # raised here, it would be one of Ray's, of many lines
             reason = f"{type(error).__name__}: {error} (on {socket.gethostname()})"
             self._unready = WorkerUnreadyError(reason, traceback.format_exc())
@@ -94,6 +95,9 @@ class PlanTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing, as there is none."""
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self._attempt.paused() if self._attempt else nullcontext()
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         number, self._deadline = config["number"], config["deadline"]

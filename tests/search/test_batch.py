@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -69,9 +70,11 @@ def test_all_mistakes_are_told_before_anything_is_begun(jobs: list[Path], tmp_pa
     missing = tmp_path / "missing.yaml"
     with pytest.raises(JobError) as error:
         load_jobs([*jobs, missing])
-    assert "2 of 3 jobs" in str(error.value)
-    assert f"{jobs[1]}: serach must be a known key" in str(error.value)
-    assert f"{missing}: " in str(error.value)
+    text = str(error.value)
+    assert text.startswith("jobs must all be right before the first is begun, but got mistakes in 2 of 3 jobs; correct")
+    assert str(pickle.loads(pickle.dumps(error.value))) == text
+    assert f"\n  - {jobs[1]}: serach must be a known key" in text
+    assert f"\n  - {missing}: " in text
 
 
 def test_two_jobs_must_not_share_a_run_folder(jobs: list[Path]) -> None:

@@ -287,7 +287,11 @@ TWO = "targets: [{batch_size: 1}, {name: big, runtime: onnxruntime, batch_size: 
         pytest.param("search: {rungs: [0.5, 0.5]}", r"search\.rungs must ascend", id="equal rungs"),
         pytest.param("search: {rungs: [0.5, 1.0]}", r"search\.rungs\[1\] must be less than 1", id="rung at the end"),
         pytest.param("search: {rungs: [0]}", r"search\.rungs\[0\] must be greater than 0", id="rung at the start"),
-        pytest.param("search: {executor: ray}", r"search\.executor must be 'local'", id="executor"),
+        pytest.param("search: {executor: rai}", r"search\.executor must be 'local' or 'ray'", id="executor"),
+        pytest.param("ray: {resources: {cpu: 0}}", r"ray\.resources\.cpu must be greater than 0", id="no cores"),
+        pytest.param(
+            "search: {executor: ray}\nfinetune: {device: cuda}", r"ray\.resources\.gpu must be above 0", id="no GPU"
+        ),
         pytest.param("search: {seed: -1}", r"search\.seed must be greater than or equal to 0", id="seed"),
         pytest.param("verify: 3", r"verify must be a mapping of keys, but got 3", id="section"),
         pytest.param("results: ''", r"results must have at least 1 character", id="results"),

@@ -8,13 +8,13 @@ import pytest
 
 from paretune.errors import JobError
 from paretune.search.job import Job, load_job
-from paretune.search.job_diff import check_same_job, leaves
+from paretune.search.job_diff import check_same_job, is_file, leaves
 
 TEXT = """
 name: small
 model: {factory: 'project:build', weights: weights.pt, variants: {slim: {factory: 'project:slim', weights: slim.pt}}}
 teacher: [same, {factory: 'project:large', weights: large.pt}]
-data: digits
+data: {source: npz, args: {path: data/small.npz, root: images, weights: '../a/b'}}
 targets: [{runtime: openvino}, {runtime: onnxruntime, name: other}]
 """
 
@@ -45,6 +45,9 @@ def test_another_folder_budget_and_place_are_the_same_job(run: Path, tmp_path: P
         ("search.seed=1", r"search\.seed"),
         ("targets.1.batch_size=4", r"targets\[1\]\.batch_size"),
         ("model.weights=others.pt", r"model\.weights"),
+        ("data.args.path=data/others.npz", r"data\.args\.path"),
+        ("data.args.root=others", r"data\.args\.root"),
+        ("data.args.weights=../b/b", r"data\.args\.weights"),
         ("model.variants.slim.weights=others.pt", r"model\.variants\.slim\.weights"),
         ("constraints=['latency_ms <= 1']", r"constraints\[0\]"),
         ("storage=sqlite:///other.db", "storage"),
@@ -53,6 +56,27 @@ def test_another_folder_budget_and_place_are_the_same_job(run: Path, tmp_path: P
 def test_what_changes_the_trials_is_another_job(run: Path, tmp_path: Path, override: str, key: str) -> None:
     with pytest.raises(JobError, match=rf"run/job\.yaml differs in .*{key}"):
         check_same_job(job_in(tmp_path / "second", override), run)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("model.weights", True),
+        ("model.variants.v1.5.weights", True),
+        ("model.variants.args.weights", True),
+        ("teacher.weights", True),
+        ("teacher[2].weights", True),
+        ("data.args.path", True),
+        ("data.args.root", True),
+        ("model.args.weights", False),  # torchvision's are names
+        ("model.variants.slim.args.weights", False),
+        ("teacher[2].args.weights", False),
+        ("data.args.weights", False),
+        ("data.args.more.path", False),
+    ],
+)
+def test_files_of_a_job(key: str, expected: bool) -> None:
+    assert is_file(key) is expected
 
 
 def test_leaves() -> None:

@@ -126,6 +126,100 @@ def test_what_others_do_in_the_study_is_seen(tmp_path: Path) -> None:
     assert [trial.number for trial in study.get_trials(deepcopy=False)] == [0, 1, 2, 3]
 
 
+def test_what_others_made_between_two_of_ones_own_is_seen(tmp_path: Path) -> None:
+    study, _ = open_study(tmp_path)
+    other = others(tmp_path)
+    for one in (other, study, other):
+        one.enqueue_trial({"x0": 0.25})
+    assert [trial.number for trial in study.get_trials(deepcopy=False)] == [0, 1, 2]
+    assert study.ask(SPACE).number == 0
+
+
+def test_what_others_begin_of_ones_own_plans_is_seen(tmp_path: Path) -> None:
+    study, _ = open_study(tmp_path)
+    study.enqueue_trial({"x0": 0.25})
+    other = others(tmp_path)
+    taken = other.ask(SPACE)
+    (seen,) = study.get_trials(deepcopy=False)
+    assert (seen.state, seen.params) == (TrialState.RUNNING, taken.params)
+    other.tell(taken, [0.5, 1.0])
+    assert study.get_trials(deepcopy=False)[0].state == TrialState.COMPLETE
+    assert study.ask(SPACE).number == 1
+
+
+def test_a_trial_that_waits_is_begun_by_one(tmp_path: Path) -> None:
+    (study, storage), (_, slower) = open_study(tmp_path), open_study(tmp_path)
+    study.enqueue_trial({"x0": 0.25})
+    study_id = slower.get_study_id_from_name("s")
+    (waiting,) = slower.get_all_trials(study_id)
+    assert storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    assert not slower.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    assert slower.get_all_trials(study_id)[0].state == TrialState.RUNNING
+
+
+def test_a_trial_that_ends_while_it_is_read_is_not_taken_for_half(tmp_path: Path) -> None:
+    study, storage = open_study(tmp_path)
+    other = others(tmp_path)
+    running = [other.ask(SPACE)]
+
+    def end(*args: Any) -> None:
+        if running and "FROM trial_user_attributes" in args[2]:
+            other.tell(running.pop(), [0.5, 1.0])
+
+    sqlalchemy.event.listen(storage._backend.engine, "before_cursor_execute", end)
+    study.get_trials(deepcopy=False)
+    assert not running
+    (seen,) = study.get_trials(deepcopy=False)
+    assert (seen.state, seen.values) == (TrialState.COMPLETE, [0.5, 1.0])
+
+
+def test_marks_are_there_as_soon_as_a_trial_runs(tmp_path: Path) -> None:
+    open_study(tmp_path)
+    storage = TrialStorage(RDBStorage(url(tmp_path)), {"run": "one"})
+    study = optuna.load_study(study_name="s", storage=storage)
+    study.enqueue_trial({"x0": 0.25}, user_attrs={"source": "me"})
+    study.enqueue_trial({"x0": 0.5}, user_attrs={"run": "another"})
+    assert [trial.user_attrs for trial in others(tmp_path).trials] == [{"source": "me"}, {"run": "another"}]
+    began = [study.ask() for _ in range(3)]
+    seen = others(tmp_path).trials
+    assert [trial.state for trial in seen] == [TrialState.RUNNING] * 3
+    assert [trial.user_attrs for trial in seen] == [{"source": "me", "run": "one"}, {"run": "one"}, {"run": "one"}]
+    assert all(trial.datetime_start for trial in seen)
+    study.tell(began[2], [0.5, 1.0])
+    assert others(tmp_path).trials[2].user_attrs == {"run": "one"}
+
+
+def test_of_several_drivers_one_is_the_first(tmp_path: Path) -> None:
+    (study, storage), (_, other) = open_study(tmp_path), open_study(tmp_path)
+    study_id = storage.get_study_id_from_name("s")
+
+    def look(*args: Any) -> None:
+        if args[2].startswith("INSERT"):  # nothing stood there when this one looked
+            other.agree(study_id, "job", {"theirs": 1})
+
+    assert other.agree(study_id, "hardware", [1]) == storage.agree(study_id, "hardware", [2]) == [1]
+    sqlalchemy.event.listen(storage._backend.engine, "before_cursor_execute", look)
+    assert storage.agree(study_id, "job", {"mine": 1}) == {"theirs": 1}
+    assert study.user_attrs == {"hardware": [1], "job": {"theirs": 1}}
+
+
+def test_only_what_is_stored_is_replaced(tmp_path: Path) -> None:
+    study, storage = open_study(tmp_path)
+    trial = study.ask(SPACE)
+    statements = list[str]()
+    sqlalchemy.event.listen(
+        storage._backend.engine, "before_cursor_execute", lambda *args: statements.append(args[2].split()[0])
+    )
+    trial.set_user_attr("plan", 1)
+    trial.set_user_attr("plan", 2)
+    storage.flush()
+    assert set(statements) == {"INSERT"}, "a row that isn't there is neither deleted nor updated, which locks gaps"
+    statements.clear()
+    trial.set_user_attr("plan", 3)
+    storage.flush()
+    assert (statements, others(tmp_path).trials[0].user_attrs) == (["UPDATE"], {"plan": 3})
+
+
 def test_a_trial_of_others_that_runs_gets_its_parameters_later(tmp_path: Path) -> None:
     study, _ = open_study(tmp_path)
     running = others(tmp_path).ask()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from pathlib import Path
 
 import optuna
@@ -271,3 +272,22 @@ def test_a_bad_url_is_a_mistake_of_the_job(url: str) -> None:
     with pytest.raises(JobError, match=r"^storage must be a database URL that opens") as caught:
         open_storage(url)
     assert repr(url) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "remedy"),
+    [
+        ("postgresql+psycopg://host/x", "psycopg", r"pip install 'paretune\[postgresql\]'$"),
+        (
+            "postgresql://host/x",
+            "psycopg2",
+            r"pip install 'paretune\[postgresql\]' and begin it with postgresql\+psycopg://$",
+        ),
+        ("mysql+pymysql://host/x", "pymysql", r"pip install 'paretune\[mysql\]'$"),
+        ("oracle+cx_oracle://host/x", "cx_Oracle", r"install the driver of oracle\+cx_oracle$"),
+    ],
+)
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch, url: str, driver: str, remedy: str) -> None:
+    monkeypatch.setitem(sys.modules, driver, None)  # as if it weren't installed
+    with pytest.raises(JobError, match=remedy):
+        open_storage(url)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +20,7 @@ import pytest
 
 from paretune.errors import JobError
 from paretune.search.job import load_job
-from paretune.search.submit import STOP_SECONDS, Cluster, make_submission
+from paretune.search.submit import STOP_SECONDS, Cluster, as_row, make_submission
 
 TEXT = """
 name: small
@@ -92,6 +95,9 @@ def test_results_must_outlive_the_job(job: Path, override: str) -> None:
         ("weights.pt", "../weights.pt", "model.weights must be in the job file's folder"),
         ("weights.pt", "~/weights.pt", "model.weights must be in the job file's folder"),
         ("weights.pt", "others.pt", "model.weights must exist"),
+        ("project:data", "{source: npz, args: {path: ../data.npz}}", "data.args.path must be in the job file's folder"),
+        ("project:data", "{source: npz, args: {path: data.npz}}", "data.args.path must exist"),
+        ("project:data", "{source: imagefolder, args: {root: ..}}", "data.args.root must be in the job file's folder"),
         ("data: ", "python_path: ['.', ../shared]\ndata: ", r"python_path\[1\] must be in the job file's folder"),
     ],
 )
@@ -101,9 +107,29 @@ def test_files_must_be_sent_or_be_there(job: Path, old: str, new: str, message: 
         make_submission(job)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.weights=../weights.pt", "model.weights must be in the job file's folder"),
+        ("model={factory: 'project:build', weights: others.pt}", "model.weights must exist"),
+        ("data.args.path=../data.npz", "data.args.path must be in the job file's folder"),
+        ("python_path=[../shared]", r"python_path\[0\] must be in the job file's folder"),
+    ],
+)
+def test_files_that_are_overridden_must_be_sent_or_be_there(job: Path, override: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        make_submission(job, [override])
+
+
 def test_files_that_the_cluster_has_are_named_by_absolute_paths(job: Path) -> None:
     job.write_text(TEXT.replace("weights.pt", "/shared/weights.pt"))
     make_submission(job)
+    job.write_text(TEXT.replace("weights.pt", "../weights.pt"))
+    make_submission(job, ["model.weights=/shared/weights.pt"])
+
+
+def test_names_of_weights_are_no_files(job: Path) -> None:
+    make_submission(job, ["model.args.weights=DEFAULT"])
 
 
 def test_without_ray_s_client_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +145,51 @@ needs_cluster = pytest.mark.skipif(
 
 
 @needs_cluster
+def test_passwords_in_urls_are_not_shown(job: Path) -> None:
+    from ray.job_submission import JobDetails, JobStatus, JobType
+
+    sent = make_submission(job, ["storage=postgresql://user:secret@db/studies"])
+    details = JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id="raysubmit_1",
+        status=JobStatus.FAILED,
+        entrypoint=sent.entrypoint,
+        message="could not open postgresql://user:secret@db/studies",
+    )
+    row = as_row(details)
+    assert "secret" not in json.dumps(row)
+    assert "-o storage=postgresql://user:***@db/studies" in row["entrypoint"]
+    assert row["message"] == "could not open postgresql://user:***@db/studies"
+
+
+@needs_cluster
 def test_a_cluster_that_is_not_there() -> None:
     with pytest.raises(JobError, match=r"--address must be the dashboard .* got http://127\.0\.0\.1:1 .*cluster"):
         Cluster("http://127.0.0.1:1")
+
+
+class _Version(BaseHTTPRequestHandler):
+    """What a dashboard answers to whoever connects."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": "2.60.0"}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@needs_cluster
+def test_a_cluster_that_has_gone(job: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Version) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        cluster = Cluster(address)
+        server.shutdown()
+    for question in (cluster.jobs, lambda: cluster.details("any"), lambda: cluster.submit(make_submission(job))):
+        with pytest.raises(JobError, match=rf"--address must be the dashboard .* got {address} "):
+            question()
 
 
 @needs_cluster
@@ -144,6 +212,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # The names of Ray's sockets are long, and must not be longer than 107 characters.
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [programs / "ray", "start", "--head", "--block", "--port=26379", "--dashboard-port=28265"]
+        command += ["--dashboard-agent-listen-port=28365"]  # another Ray of this machine has the default
         command += ["--num-cpus=1", f"--temp-dir={folder}", "--disable-usage-stats", "--object-store-memory=100000000"]
         with log.open("w") as output:
             head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)

@@ -7,6 +7,7 @@ import pytest
 
 from paretune.errors import JobError
 from paretune.search.cluster.connection import connect, lacking
+from paretune.search.job import Job, make_job
 from paretune.search.job_sections import RaySection
 
 NODES: list[dict[str, Any]] = [
@@ -20,6 +21,10 @@ def section(**keys: Any) -> RaySection:
     return RaySection.model_validate(keys)
 
 
+def job(**keys: Any) -> Job:
+    return make_job({"name": "one", "model": {"factory": "m:f"}, "data": "digits", "ray": keys})
+
+
 @pytest.fixture
 def closed_port() -> int:
     with socket.socket() as one:
@@ -29,13 +34,13 @@ def closed_port() -> int:
 
 def test_refuses_a_cluster_that_isnt_there(closed_port: int) -> None:
     with pytest.raises(JobError, match=rf"ray\.address must be .* reached, .*{closed_port}.*ray start"):
-        connect(section(address=f"127.0.0.1:{closed_port}"))
+        connect(job(address=f"127.0.0.1:{closed_port}"))
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port"])
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "http://head:8265"])
 def test_refuses_an_address_that_is_none(address: str) -> None:
     with pytest.raises(JobError, match=r"ray\.address") as error:
-        connect(section(address=address))
+        connect(job(address=address))
     assert address in str(error.value)
 
 
@@ -61,6 +66,12 @@ def test_fits(keys: dict[str, Any]) -> None:
 )
 def test_says_what_lacks(keys: dict[str, Any], words: str) -> None:
     assert words in str(lacking(NODES, section(**keys)))
+
+
+def test_counts_what_measures() -> None:
+    wanted = section(measure="edge", resources={"gpu": 0.5})
+    assert lacking(NODES, wanted) is None
+    assert "0 GPU beside what measures" in str(lacking(NODES, wanted, {"edge": 1.0, "GPU": 1.0}))
 
 
 def test_measures_one_at_a_time() -> None:

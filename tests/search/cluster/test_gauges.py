@@ -84,7 +84,7 @@ def test_takes_files_along(gauges: Gauges, artifact: dict[str, Path]) -> None:
 
 
 def test_takes_files_through_a_storage(gauges: Gauges, artifact: dict[str, Path], tmp_path: Path) -> None:
-    with own_storage(str(tmp_path / "share")) as storage:
+    with own_storage(str(tmp_path / "share"), tmp_path / "run") as storage:
         assert replace(gauges, storage=storage).measure(sizes, artifact) == {"model.onnx": 1000}
         assert list(Path(str(storage)).iterdir()) == []
 

@@ -64,7 +64,7 @@ def test_refuses_what_is_no_file_within(parcel: Parcel, tmp_path: Path) -> None:
 
 
 def test_goes_through_a_storage(artifact: Path, tmp_path: Path) -> None:
-    with own_storage(str(tmp_path / "share")) as storage:
+    with own_storage(str(tmp_path / "share"), tmp_path / "run") as storage:
         parcel = pack(artifact, storage)
         assert not parcel.data
         parcel.unpack(tmp_path / "there")
@@ -77,15 +77,24 @@ def test_goes_through_a_storage(artifact: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "share").iterdir()) == []
 
 
+def test_what_a_killed_driver_left_goes_when_its_run_goes_on(artifact: Path, tmp_path: Path) -> None:
+    share, run = str(tmp_path / "share"), tmp_path / "run"
+    killed = own_storage(share, run)
+    pack(artifact, killed.__enter__())
+    with own_storage(share, run) as storage, own_storage(share, tmp_path / "other") as other:
+        assert storage != other
+        assert list(Path(str(storage)).iterdir()) == []
+
+
 def test_goes_through_a_url(artifact: Path, tmp_path: Path) -> None:
-    with own_storage("memory://bucket/folder") as storage:
+    with own_storage("memory://bucket/folder", tmp_path) as storage:
         pack(artifact, storage).unpack(tmp_path / "there")
     assert (tmp_path / "there" / "card.json").is_file()
 
 
 @pytest.mark.parametrize("storage", ["nonsense://bucket", "/proc/share"])
 def test_refuses_a_storage_that_is_none(storage: str) -> None:
-    with pytest.raises(JobError, match=r"ray\.storage must be a place to write to"), own_storage(storage):
+    with pytest.raises(JobError, match=r"ray\.storage must be a place to write to"), own_storage(storage, Path("run")):
         pass
 
 

@@ -11,7 +11,7 @@ import ray
 from tests.search.tune import trials
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     """Ray with two CPUs; its workers need not find the tests' modules."""
     ray.init(

@@ -110,6 +110,16 @@ def test_many_workers_may_fail_more_often(tmp_path: Path) -> None:
     assert searcher.error is None, "one has started since"
 
 
+def test_a_request_that_no_worker_can_begin_fails(searcher: WorkSearcher, script: Script) -> None:
+    begin(searcher, "other")
+    searcher.got_on("other", Progress(0, OUTLINE))
+    for trial in "abc":
+        assert begin(searcher, trial)["number"] == 1
+        fail(searcher, trial, UNREADY)
+    assert searcher.error is None
+    assert script.outcomes == [Outcome(1, error="no data")]
+
+
 def test_an_unwanted_trial_is_stopped(searcher: WorkSearcher, script: Script) -> None:
     begin(searcher, "a")
     assert not searcher.got_on("a", Progress(0, OUTLINE))

@@ -16,6 +16,7 @@ from paretune.objectives.progress import Rung, Stopped, Watcher
 from paretune.search.cluster.parcels import Parcel, pack
 from paretune.search.executor import Assignment, Outcome, Progress, Work
 from paretune.search.requests import Evaluate
+from paretune.search.tune.equipment import Waiting
 
 OUTLINE = {"latency_ms": 2.0, "params": 10.0}
 RUNG = Rung(0.5, 0.75, 100)
@@ -82,7 +83,7 @@ class Kit:
     storage: str | None = None
     load: Callable[[], Any] = Evaluator
 
-    def open(self) -> Any:
+    def open(self, waiting: Waiting) -> Any:
         return self.load()
 
     def carry_out(self, folder: Path) -> Parcel:
