@@ -31,7 +31,8 @@ help: ## List the targets
 
 # pytest comes last: its closing line is the result of the whole.
 test: data lint ## Install everything, then run ruff, mypy and pytest
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m ray
+	@$(BIN)/python -m pytest -m "not ray"
 
 demo: $(CORE_STAMP) ## Install what users get, then run `paretune demo`
 	@$(BIN)/paretune demo

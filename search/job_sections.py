@@ -397,7 +397,8 @@ class RaySection(Section):
     """The Ray cluster on which a job with search.executor: ray runs."""
 
     address: str | None = Field(
-        default=None, description="Of the cluster, e.g. auto or HOST:6379; null: one is started on this machine."
+        default=None,
+        description="Of the cluster, auto or HOST:6379; null: RAY_ADDRESS, or else one is started on this machine.",
     )
     resources: TrialResources = Field(default=TrialResources(), description="What each trial's worker takes.")
     measure: str | None = Field(

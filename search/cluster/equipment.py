@@ -58,7 +58,7 @@ class Equipment:
         torch.set_num_threads(max(1, int(takes.cpu)))
         sharing = max(1, round(1 / takes.gpu)) if takes.gpu else job.search.workers
         share_gpu(training_device(job.finetune.device), sharing)
-        run = scratch("trainer")
+        run = scratch("trainer") / "run"  # unpacking replaces a folder, and with it the lock that keeps it
         files: Parcel = ray.get(self.gauges.files[0])
         files.unpack(run)
         with Device(*filter(is_here, job.devices)).shared():

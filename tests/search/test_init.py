@@ -62,7 +62,7 @@ def test_the_template_shows_every_default(tmp_path: Path) -> None:
     (tmp_path / "minimal.yaml").write_text(minimal)
     assert load_job(tmp_path / "minimal.yaml").model_dump() == explicit.model_dump()
     content = yaml.safe_load(text)
-    for name in ("model", "data", "space", "finetune", "target", "search", "verify"):
+    for name in ("model", "data", "space", "finetune", "target", "search", "ray", "verify"):
         annotation: Any = Job.model_fields[name].annotation
         assert set(content[name]) == set(annotation.model_fields)
 

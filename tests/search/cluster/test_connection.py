@@ -10,6 +10,8 @@ from paretune.search.cluster.connection import connect, lacking
 from paretune.search.job import Job, make_job
 from paretune.search.job_sections import RaySection
 
+pytestmark = pytest.mark.ray
+
 NODES: list[dict[str, Any]] = [
     {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8e9}},
     {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0, "memory": 32e9, "edge": 1.0}},

@@ -30,6 +30,8 @@ from paretune.search.job import Job
 from paretune.search.problem import BASELINE
 from paretune.spaces.plan import CompressionPlan, Pruning
 
+pytestmark = pytest.mark.ray
+
 
 def sizes(station: Station, folder: Path, report: Callable[[str], None]) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.rglob("*")}

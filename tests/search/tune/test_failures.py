@@ -20,6 +20,8 @@ from paretune.search.tune.failures import (
     understand,
 )
 
+pytestmark = pytest.mark.ray
+
 PROCESS = """The actor died unexpectedly before finishing this task.
 \tclass_name: PlanTrainable
 \tactor_id: 01

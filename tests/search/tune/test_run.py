@@ -20,7 +20,7 @@ from paretune.search.executor import Assignment, Outcome, Progress
 from paretune.search.tune import PlanTrainable, WorkScheduler, WorkSearcher, fit
 from tests.search.tune.trials import OUTLINE, RUNG, Kit, Plan, Script, complete, record, tell, train
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 Run = Callable[..., Script]
 

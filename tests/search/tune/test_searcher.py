@@ -18,6 +18,8 @@ from paretune.search.tune.failures import Blame, Failure
 from paretune.search.tune.searcher import WorkSearcher
 from tests.search.tune.trials import OUTLINE, RUNG, Kit, Script, complete, record
 
+pytestmark = pytest.mark.ray
+
 DEATH = Failure(Blame.DEATH, "the worker process died", "at length")
 UNREADY = Failure(Blame.WORKER, "no data")
 BUSY = Failure(Blame.NOBODY, "the one before doesn't end")
