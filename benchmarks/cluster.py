@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3, help="of `same`")
     parser.add_argument("--rounds", type=int, default=2, help="of `speed`")
+    parser.add_argument("--executors", default="local,ray", help="of `speed`")
     parser.add_argument("--epochs", type=float, default=12.0, help="of each trial in `speed`")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
@@ -158,7 +159,7 @@ def _speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         shared | {"search.executor": executor, "search.workers": workers}
         for _ in range(options.rounds)
-        for executor in ("local", "ray")
+        for executor in options.executors.split(",")
         for workers in (1, 2)
     ]
 
@@ -212,7 +213,7 @@ def _print_same(searches: list[dict[str, Any]]) -> None:
 
 def _print_speed(searches: list[dict[str, Any]]) -> None:
     rows = []
-    for executor in ("local", "ray"):
+    for executor in dict.fromkeys(search["search.executor"] for search in searches):
         seconds = {}
         for workers in (1, 2):
             of = [s for s in searches if (s["search.executor"], s["search.workers"]) == (executor, workers)]
