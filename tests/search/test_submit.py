@@ -123,13 +123,13 @@ def test_files_that_are_overridden_must_be_sent_or_be_there(job: Path, override:
 
 def test_files_that_the_cluster_has_are_named_by_absolute_paths(job: Path) -> None:
     job.write_text(TEXT.replace("weights.pt", "/shared/weights.pt"))
-    make_submission(job)
+    assert "weights" not in make_submission(job).entrypoint, "the file says it"
     job.write_text(TEXT.replace("weights.pt", "../weights.pt"))
-    make_submission(job, ["model.weights=/shared/weights.pt"])
+    assert "model.weights=/shared/weights.pt" in make_submission(job, ["model.weights=/shared/weights.pt"]).entrypoint
 
 
 def test_names_of_weights_are_no_files(job: Path) -> None:
-    make_submission(job, ["model.args.weights=DEFAULT"])
+    assert "model.args.weights=DEFAULT" in make_submission(job, ["model.args.weights=DEFAULT"]).entrypoint
 
 
 def test_without_ray_s_client_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
