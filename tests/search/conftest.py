@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,15 @@ def data(fault=""):
     border = 512 if fault == "empty" else 768
     return (inputs[:512], targets[:512]), (inputs[512:border], targets[512:border]), (inputs[768:], targets[768:])
 '''
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A `ray.tune.Tuner` never takes its handlers away, and they swallow the next Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
