@@ -51,6 +51,7 @@ from synthetic import KINDS
 
 from paretune.objectives.environment import environment
 from paretune.search.hypervolume import hypervolume
+from paretune.search.job_sections import SearchSection
 from paretune.search.samplers import SAMPLERS
 from paretune.search.study import study_url
 
@@ -313,11 +314,13 @@ def _stopping_table(data: str, lines: Sequence[Line]) -> None:
         work = [sum(trial["work"] for trial in line["trials"]) for line in group]
         stopped = [sum(trial["state"] == "PRUNED" for trial in line["trials"]) for line in group]
         spreads = [spread(values, "{:.0f}".format) for values in (stopped, training, work)]
+        spreads.append("" if any(stopped) else spread([_oracle(line) for line in group], "{:.0%}".format))
         finals = [spread([curve(line)[-1][1] for line in group], _points)]
         finals.append(spread([_on_test(_members(line)) for line in group], _points))
         rows.append([label, len(group), *spreads, *finals])
     print(f"\n{data}, {lines[0]['case']['trials']} trials each, with and without early stopping; median [min, max]")
-    head = ("rule", "seeds", "stopped", "training, s", "all work, s", _MEASURED, "on the test split")
+    saved = "an oracle's saving of training"
+    head = ("rule", "seeds", "stopped", "training, s", "all work, s", saved, _MEASURED, "on the test split")
     table(head, rows)
 
 
@@ -360,6 +363,18 @@ def _on_test(members: Sequence[tuple[Line, Line]]) -> float:
 
 def _training(trial: Line) -> float:
     return float(trial["phases"].get("train", 0.0))
+
+
+def _oracle(line: Line) -> float:
+    """The share of training that no rule can exceed which stops only trials that don't join the front when they end.
+
+    An oracle knows which these are and stops each at the first rung.
+    """
+    lost, found = 0.0, seen(line)
+    for index, trial in enumerate(found):
+        if trial not in front(found[: index + 1]):
+            lost += _training(trial)
+    return (1 - SearchSection().rungs[0]) * lost / sum(map(_training, found))
 
 
 def _points(value: float) -> str:

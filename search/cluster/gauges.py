@@ -221,7 +221,7 @@ class Gauges:
         """See an errand through on one gauge."""
         begun = math.inf
         try:
-            for reference in gauge.run.options(num_returns="streaming").remote(errand, shipped, self.files):
+            for reference in _stream(gauge, errand, shipped, self.files):
                 item: Said | Reply = ray.get(reference)
                 if isinstance(item, Reply):
                     return item
@@ -259,7 +259,7 @@ def open_gauges(
         handles = _started(lambda: actor.options(**options).remote(*setup), job, made)
         expected = hardware(environment) if environment else {}
         for handle in handles:  # so that all of them load at once
-            handle.run.options(num_returns="streaming").remote(Errand(_describe, expected), None, ())
+            _stream(handle, Errand(_describe, expected), None, ())
         described = []
         for position, _ in enumerate(handles):
             lone = Gauges(handles[position : position + 1], {}, {}, expected, limit, PATIENCE, storage)
@@ -269,6 +269,13 @@ def open_gauges(
         yield Gauges(handles, found, capabilities, expected, limit, PATIENCE, storage)
     finally:
         _close(made)
+
+
+def _stream(gauge: Any, errand: Errand, shipped: Any, files: Sequence[Any]) -> Any:
+    """References to what the gauge yields. It goes on when an item has arrived, so that its death can't take one along:
+    what kills it at once was begun all the same."""
+    options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
+    return gauge.run.options(**options).remote(errand, shipped, files)
 
 
 def _started(make: Callable[[], Any], job: Job, made: list[Any]) -> tuple[Any, ...]:

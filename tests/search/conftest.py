@@ -60,12 +60,11 @@ def data(fault=""):
 
 
 @pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """A `ray.tune.Tuner` never takes its handlers away, and they swallow the next Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def own_signals() -> None:
+    """Ctrl-C is heard: an earlier test's `ray.tune.Tuner` leaves handlers that swallow it, and a shell has what it runs
+    in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
