@@ -2,12 +2,12 @@
 
     python benchmarks/cluster.py overhead --trials 200           (a minute)
     python benchmarks/cluster.py same  --trials 30 --seeds 3     (about 10 minutes on 2 cores)
-    python benchmarks/cluster.py speed --trials 12 --rounds 2    (about 10 minutes)
+    python benchmarks/cluster.py speed --trials 16 --rounds 2    (about 20 minutes)
 
 The machine must be quiet. `overhead` runs trials that do nothing through `paretune.search.tune.fit` with two workers,
 each with a rung and an artifact of 1 MB. The others search the digits with the job of `paretune demo`. `same` compares
-the hypervolume of the front that each search measured, `speed` the time of the same trials (a sweep, trained long, so
-that training is most of each) with one and with two workers. Seconds are those of the search: from its first proposal,
+the hypervolume of the front that each search measured, `speed` the time of the same trials (a sweep, trained a hundred
+times as long as there, so that training is most of each) with one and with two workers. Seconds are those of the search: from its first proposal,
 Tune and its workers being started, to the end of the last trial. What it costs to connect, to measure the baseline and
 to verify isn't in it. On Ray each worker trains with one thread; a single local worker takes the threads of all cores.
 """
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of `same`")
     parser.add_argument("--rounds", type=int, default=2, help="of `speed`")
     parser.add_argument("--executors", default="local,ray", help="of `speed`")
-    parser.add_argument("--epochs", type=float, default=12.0, help="of each trial in `speed`")
+    parser.add_argument("--epochs", type=float, default=300.0, help="of each trial in `speed`")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     if options.what == "overhead":
