@@ -6,10 +6,11 @@
 
 The machine must be quiet. `overhead` runs trials that do nothing through `paretune.search.tune.fit` with two workers,
 each with a rung and an artifact of 1 MB. The others search the digits with the job of `paretune demo`. `same` compares
-the hypervolume of the front that each search measured, `speed` the time of the same trials (a sweep, trained a hundred
-times as long as there, so that training is most of each) with one and with two workers. Seconds are those of the search: from its first proposal,
-Tune and its workers being started, to the end of the last trial. What it costs to connect, to measure the baseline and
-to verify isn't in it. On Ray each worker trains with one thread; a single local worker takes the threads of all cores.
+the hypervolume of the front that each search measured, `speed` the time of the same trials (a sweep, trained thirty
+times as long as there, so that training is most of each) with one and with two workers. Seconds are those of the
+search: from its first proposal, Tune and its workers being started, to the end of the last trial. What it costs to
+connect, to measure the baseline and to verify isn't in it. On Ray each worker trains with one thread; a single local
+worker takes the threads of all cores.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of `same`")
     parser.add_argument("--rounds", type=int, default=2, help="of `speed`")
     parser.add_argument("--executors", default="local,ray", help="of `speed`")
-    parser.add_argument("--epochs", type=float, default=300.0, help="of each trial in `speed`")
+    parser.add_argument("--epochs", type=float, default=100.0, help="of each trial in `speed`")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     if options.what == "overhead":
@@ -193,7 +194,7 @@ def _measured(job: Job, folder: Path) -> dict[str, Any]:
     learnt = sum(json.loads(knowledge.read_text())["seconds"].values()) if knowledge.is_file() else 0.0
     return {
         "trials": len(rows),
-        "hypervolume": 1e4 * hypervolume(points, worst),
+        "hypervolume": 100 * hypervolume(points, worst),
         "seconds": storage.get_study_user_attrs(study._study_id)["spent_seconds"] - learnt,
         "training": phases.get("train", 0.0),
         "work": sum(phases.values()),
