@@ -29,10 +29,11 @@ MAKEFLAGS += --no-builtin-rules
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
-# pytest comes last: its closing line is the result of the whole.
+# pytest comes last: its closing line is the result of the whole. Ray's tests start clusters, one at a time; of the others
+# those of a file stay together, which share what is slow to make.
 test: data lint ## Install everything, then run ruff, mypy and pytest
 	@$(BIN)/python -m pytest -m ray
-	@$(BIN)/python -m pytest -m "not ray"
+	@$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
 
 demo: $(CORE_STAMP) ## Install what users get, then run `paretune demo`
 	@$(BIN)/paretune demo
