@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ _RUN = "run"
 
 _SAMPLER = "sampler"
 """The source of trials that carry none, which are most."""
+
+_OPENINGS, _PAUSE = 30, 0.2
+"""A database that others open at the same moment is opened so often; it has a dozen tables."""
 
 _DRIVERS = MappingProxyType({"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"})
 """Database to how a URL begins whose driver comes with the extra of that name."""
@@ -337,7 +341,7 @@ def open_storage(url: str) -> RDBStorage:
         JobError: It can't be opened.
     """
     try:
-        storage = RDBStorage(url)
+        storage = _with_tables(url)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         remedy = _install_driver(url) if isinstance(error, ImportError) else f"correct it ({redacted(error)})"
         raise JobError("storage", "must be a database URL that opens", repr(redacted(url)), remedy) from error
@@ -345,6 +349,19 @@ def open_storage(url: str) -> RDBStorage:
         sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
         storage.engine.dispose()  # connections made before the listener don't have the settings
     return storage
+
+
+def _with_tables(url: str, openings: int = _OPENINGS) -> RDBStorage:
+    """In a new database each driver creates the tables that it doesn't find. Where two do so at once, one fails at each
+    that the other was faster with, and finds that one when it begins again."""
+    try:
+        return RDBStorage(url)
+    except sqlalchemy.exc.DBAPIError as error:
+        is_there = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+        if not is_there or openings == 1:
+            raise
+    time.sleep(_PAUSE)
+    return _with_tables(url, openings - 1)
 
 
 def _install_driver(url: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import optuna
 import pytest
@@ -291,3 +293,16 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch, url: str, dr
     monkeypatch.setitem(sys.modules, driver, None)  # as if it weren't installed
     with pytest.raises(JobError, match=remedy):
         open_storage(url)
+
+
+def test_a_new_database_is_opened_by_several_at_once(tmp_path: Path) -> None:
+    """Drivers of one study are started together, and each makes the tables that aren't there yet."""
+    start = Barrier(4)
+
+    def go() -> int:
+        start.wait()
+        storage = open_storage(f"sqlite:///{tmp_path / 'new.db'}")
+        return len(storage.get_all_studies())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [one.result() for one in [pool.submit(go) for _ in range(4)]] == [0] * 4
