@@ -105,7 +105,22 @@ class Work(ABC):
 
 
 class Executor(ABC):
-    """Where a run's work is done: compressing and training on its workers, measuring on the job's targets."""
+    """Where a run's work is done: compressing and training on its workers, measuring on the job's targets.
+
+    Args:
+        job: What is run.
+        run: The run folder, which `prepare` need not have filled yet. Where it is filled already, the targets must be
+            what they were when it was.
+        report: Takes one line for each thing that happens.
+
+    Attributes:
+        report: The same.
+    """
+
+    def __init__(self, job: Job, run: Path, report: Report) -> None:
+        self._job = job
+        self._run = run
+        self.report = report
 
     @property
     @abstractmethod
@@ -117,11 +132,11 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def prepare(self, folder: Path, report: Report) -> Profile:
+    def prepare(self, folder: Path) -> Profile:
         """Fill the folder of a new run, where the targets are; see `paretune.search.preparation.prepare_run`."""
 
     @abstractmethod
-    def learn(self, folder: Path, profile: Profile, report: Report) -> None:
+    def learn(self, folder: Path, profile: Profile) -> None:
         """Find out what the job's sampler wants to know; see `paretune.search.preparation.learn_run`."""
 
     @abstractmethod
@@ -154,13 +169,8 @@ class Executor(ABC):
 _EXECUTORS = {"local": ("paretune.search.local", "LocalExecutor"), "ray": ("paretune.search.ray", "RayExecutor")}
 
 
-def make_executor(job: Job, run: Path) -> Executor:
-    """The executor that the job names.
-
-    Args:
-        job: What is run.
-        run: The run folder, which `Executor.prepare` need not have filled yet.
-    """
+def make_executor(job: Job, run: Path, report: Report) -> Executor:
+    """The executor that the job names; see `Executor`."""
     module, attribute = _EXECUTORS[job.search.executor]  # imported when asked for: Ray takes seconds
-    executor: Executor = getattr(importlib.import_module(module), attribute)(job, run)
+    executor: Executor = getattr(importlib.import_module(module), attribute)(job, run, report)
     return executor

@@ -52,19 +52,14 @@ _POLL = 1.0
 
 
 class LocalExecutor(Executor):
-    """Trains and measures on this machine.
-
-    Args:
-        job: What is run.
-        run: The run folder. Where it is filled already, this machine must be like the one on which it was.
+    """Trains and measures on this machine; for its arguments see `Executor`.
 
     Raises:
-        SearchError: It isn't.
+        SearchError: This machine isn't like the one on which the run began.
     """
 
-    def __init__(self, job: Job, run: Path) -> None:
-        self._job = job
-        self._run = run
+    def __init__(self, job: Job, run: Path, report: Report) -> None:
+        super().__init__(job, run, report)
         self._pool: WorkerPool | None = None
         began = run / ENVIRONMENT
         if began.is_file():
@@ -77,11 +72,11 @@ class LocalExecutor(Executor):
     def problem(self) -> Problem:
         return load_problem(self._job)
 
-    def prepare(self, folder: Path, report: Report) -> Profile:
-        return prepare_run(self._job, self.problem, folder, report)
+    def prepare(self, folder: Path) -> Profile:
+        return prepare_run(self._job, self.problem, folder, self.report)
 
-    def learn(self, folder: Path, profile: Profile, report: Report) -> None:
-        learn_run(self._job, self.problem, folder, profile, report)
+    def learn(self, folder: Path, profile: Profile) -> None:
+        learn_run(self._job, self.problem, folder, profile, self.report)
 
     @cached_property
     def _evaluator(self) -> Evaluator:

@@ -27,26 +27,21 @@ from paretune.spaces.plan import CompressionPlan
 
 
 class RayExecutor(Executor):
-    """Trains on the nodes of a Ray cluster, and measures on those that the job names for it.
-
-    Args:
-        job: What is run.
-        run: The run folder. Where it is filled already, the targets must be what they were when it was.
+    """Trains on the nodes of a Ray cluster, and measures on those that the job names for it; see `Executor`.
 
     Raises:
         JobError: The cluster can't be reached, or has no nodes that fit.
         SearchError: The targets measure unlike one another, or unlike those that the run began with.
     """
 
-    def __init__(self, job: Job, run: Path) -> None:
-        self._job = job
-        self._run = run
+    def __init__(self, job: Job, run: Path, report: Report) -> None:
+        super().__init__(job, run, report)
         began = run / ENVIRONMENT
         environment = json.loads(began.read_text()) if began.is_file() else None
         with ExitStack() as stack:
             stack.callback(connect(job).close)
             storage = stack.enter_context(own_storage(job.ray.storage, run))
-            self._gauges = stack.enter_context(open_gauges(job, storage=storage, environment=environment))
+            self._gauges = stack.enter_context(open_gauges(job, report, storage=storage, environment=environment))
             self._open = stack.pop_all()
 
     @cached_property
@@ -63,11 +58,11 @@ class RayExecutor(Executor):
         """What each trainer takes of its node, in Ray's names."""
         return amounts(self._job.ray.resources)
 
-    def prepare(self, folder: Path, report: Report) -> Profile:
-        return self._gauges.fill(prepare_run, folder, report)
+    def prepare(self, folder: Path) -> Profile:
+        return self._gauges.fill(prepare_run, folder, self.report)
 
-    def learn(self, folder: Path, profile: Profile, report: Report) -> None:
-        self._gauges.fill(partial(learn_run, profile=profile), folder, report)
+    def learn(self, folder: Path, profile: Profile) -> None:
+        self._gauges.fill(partial(learn_run, profile=profile), folder, self.report)
 
     def outline(self, plan: CompressionPlan) -> dict[str, float] | str:
         work = partial(_outline, plan=plan, seed=self._job.search.seed)
@@ -80,7 +75,14 @@ class RayExecutor(Executor):
 
     def run(self, work: Work) -> None:
         job = self._job
-        fit(work, self.equipment, workers=job.search.workers, resources=self.resources, retries=job.ray.retries)
+        fit(
+            work,
+            self.equipment,
+            workers=job.search.workers,
+            resources=self.resources,
+            retries=job.ray.retries,
+            report=self.report,
+        )
 
     def verify(self, folders: Sequence[Path], *, rounds: int, deadline: float) -> list[Verified]:
         return self.equipment.gauges.verify(folders, rounds=rounds, deadline=deadline)

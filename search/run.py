@@ -180,13 +180,13 @@ def _opened(job: Job, folder: Path, report: Report) -> Iterator[Search]:
         if not is_new:
             stack.enter_context(_alone(folder))
             _write_text(folder / "job.yaml", job.to_yaml())  # with another budget, perhaps
-        executor = stack.enter_context(closing(make_executor(job, folder)))
+        executor = stack.enter_context(closing(make_executor(job, folder, report)))
         if is_new:
             profile = _prepared(job, folder, executor, report)
             stack.enter_context(_alone(folder))
         else:
             profile = Profile.read(folder, executor.problem)
-        executor.learn(folder, profile, report)
+        executor.learn(folder, profile)
         study = _study(job, folder, executor, profile, report)
         yield stack.enter_context(closing(Search(job, folder, executor, study, report)))
 
@@ -197,7 +197,7 @@ def _prepared(job: Job, folder: Path, executor: Executor, report: Report) -> Pro
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{job.name}-") as made:
         prepared = Path(made) / job.name
-        profile = executor.prepare(prepared, report)
+        profile = executor.prepare(prepared)
         # In one step, so that a job that can't be deployed leaves no run behind, and a run is never half made.
         prepared.rename(folder)
     return profile

@@ -38,8 +38,8 @@ _RETRIES = 1
 PATIENCE = 600.0
 """A measuring node that is gone may come back as long as this; a boot takes minutes."""
 
-_START_SECONDS = 600.0
-"""Another search may hold the measuring nodes; it is waited for so long."""
+_START_SECONDS, _SILENT_SECONDS = 600.0, 15.0
+"""Another search may hold the measuring nodes; it is waited for so long, and that is said after so long."""
 
 _MEASURING = 1 / 3
 """Share of a trial's time that one measurement may take: what hangs must be ended before those who wait run out of
@@ -238,12 +238,13 @@ class Gauges:
 
 @contextmanager
 def open_gauges(
-    job: Job, *, storage: str | None = None, environment: Mapping[str, Any] | None = None
+    job: Job, report: Report, *, storage: str | None = None, environment: Mapping[str, Any] | None = None
 ) -> Iterator[Gauges]:
     """Start a gauge on each measuring node of the cluster; they end with the block.
 
     Args:
         job: Names the measuring resource, or none: then one gauge is on this node.
+        report: Takes a line where they have to be waited for.
         storage: Folder or URL through which files go; None for Ray's object store.
         environment: Of the machine on which the run was begun; None where it begins now.
 
@@ -256,7 +257,7 @@ def open_gauges(
     actor: Any = ray.remote(Gauge)
     made: list[Any] = []
     try:
-        handles = _started(lambda: actor.options(**options).remote(*setup), job, made)
+        handles = _started(lambda: actor.options(**options).remote(*setup), job, made, report)
         expected = hardware(environment) if environment else {}
         for handle in handles:  # so that all of them load at once
             _stream(handle, Errand(_describe, expected), None, ())
@@ -278,7 +279,7 @@ def _stream(gauge: Any, errand: Errand, shipped: Any, files: Sequence[Any]) -> A
     return gauge.run.options(**options).remote(errand, shipped, files)
 
 
-def _started(make: Callable[[], Any], job: Job, made: list[Any]) -> tuple[Any, ...]:
+def _started(make: Callable[[], Any], job: Job, made: list[Any], report: Report) -> tuple[Any, ...]:
     """As many gauges as there are measuring nodes, each of which runs.
 
     A node that died a moment ago may still be counted. And an actor may die while it is registered, for good: Ray takes
@@ -288,13 +289,18 @@ def _started(make: Callable[[], Any], job: Job, made: list[Any]) -> tuple[Any, .
         make: Begins one.
         job: Names the measuring nodes.
         made: Gets all that were begun.
+        report: Takes a line where that takes long.
 
     Raises:
         SearchError: They don't start.
     """
     waiting: dict[Any, Any] = {}
-    end = time.monotonic() + _START_SECONDS
-    while time.monotonic() < end:
+    begun = time.monotonic()
+    is_said = False
+    while (waited := time.monotonic() - begun) < _START_SECONDS:
+        if waited > _SILENT_SECONDS and not is_said:
+            is_said = True
+            report("waiting for the measuring nodes, which another search may hold; `ray status` shows who has them")
         while len(waiting) < _measuring_nodes(job):
             made.append(make())
             waiting[made[-1].__ray_ready__.remote()] = made[-1]

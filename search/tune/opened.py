@@ -69,4 +69,4 @@ def open_search(job: Job | Mapping[str, Any] | str | Path, *, report: Report | N
             tune.with_parameters(PlanTrainable, equipment=executor.equipment),
             tune.PlacementGroupFactory([executor.resources]),
         )
-        yield TuneSearch(trainable, searcher, WorkScheduler(searcher), search)
+        yield TuneSearch(trainable, searcher, WorkScheduler(searcher, executor.report), search)

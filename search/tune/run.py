@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from paretune.errors import SearchError
-from paretune.search.executor import Work
+from paretune.search.executor import Report, Work
 from paretune.search.tune.equipment import Equipment
 from paretune.search.tune.failures import survive_deaths
 from paretune.search.tune.scheduler import WorkScheduler
@@ -50,6 +50,7 @@ def fit(
     resources: Mapping[str, float],
     retries: int = 1,
     storage_path: str | None = None,
+    report: Report = lambda line: None,
 ) -> None:
     """Run all of some work on the cluster that Ray is connected to.
 
@@ -60,13 +61,14 @@ def fit(
         resources: What each takes, in Ray's names: ``{"CPU": 1, "GPU": 0.5, "memory": 2e9, "edge": 1}``.
         retries: How often a request is begun again that lost its worker.
         storage_path: Folder on this machine for what Tune itself writes; None lets nothing of it stay.
+        report: Takes a line where nothing can be run.
 
     Raises:
         SearchError: Workers can't start.
         Exception: What the work raised; and KeyboardInterrupt or SystemExit, as signals raise them.
     """
     searcher = WorkSearcher(work, equipment, retries=retries)
-    scheduler = WorkScheduler(searcher)
+    scheduler = WorkScheduler(searcher, report)
     bundle = {name: amount for name, amount in resources.items() if amount}
     trainable = tune.with_resources(
         tune.with_parameters(PlanTrainable, equipment=equipment), tune.PlacementGroupFactory([bundle])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from paretune.search.executor import Report
 from paretune.search.tune.events import progress_of
 from paretune.search.tune.failures import failure_of
 from paretune.search.tune.searcher import WorkSearcher
@@ -19,11 +22,19 @@ class WorkScheduler(FIFOScheduler):
 
     Args:
         searcher: Whose trials they are. Each searcher wants a scheduler: it learns from it why trials broke off.
+        report: Takes a line where none of them can start.
+
+    Attributes:
+        patience: Seconds after which that is said; workers, too, take some to start.
     """
 
-    def __init__(self, searcher: WorkSearcher) -> None:
+    patience = 60.0
+
+    def __init__(self, searcher: WorkSearcher, report: Report = lambda line: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._source = searcher
+        self._report = report
+        self._idle_since: float | None = None
         self._trials: Iterable[Trial] = ()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
@@ -44,9 +55,23 @@ class WorkScheduler(FIFOScheduler):
             Exception: What the work or the searcher raised; this is where Tune lets one pass that isn't a trial's.
         """
         self._trials = tune_controller.get_live_trials()
+        self._look_for_room()
         if self._source.error is not None:
             self.kill()
             raise self._source.error
+
+    def _look_for_room(self) -> None:
+        """Say, once for each time that it happens, where trials wait and none runs."""
+        if not self._trials or any(trial.status == Trial.RUNNING for trial in self._trials):
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = time.monotonic()
+        elif time.monotonic() - self._idle_since > self.patience:
+            self._idle_since = math.inf
+            self._report(
+                f"no trial has started for {self.patience:.0f} s: no node has room, or workers take long to load; the "
+                "search waits (`ray status` shows what the cluster is asked for)"
+            )
 
     def kill(self) -> None:
         """End at once what runs: asked politely, a worker would finish what it does."""

@@ -20,5 +20,5 @@ def job(tiny: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def gauges(job: Job) -> Iterator[Gauges]:
-    with closing(connect(job)), open_gauges(job) as found:
+    with closing(connect(job)), open_gauges(job, print) as found:
         yield found

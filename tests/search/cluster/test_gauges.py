@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -22,6 +23,7 @@ from paretune.objectives.baseline import Baseline
 from paretune.objectives.environment import environment
 from paretune.objectives.measurement import Record
 from paretune.objectives.problem import Problem
+from paretune.search.cluster import gauges as gauges_module
 from paretune.search.cluster.equipment import Equipment
 from paretune.search.cluster.gauge import Gauge, Station
 from paretune.search.cluster.gauges import GaugeError, Gauges
@@ -141,6 +143,19 @@ def test_waits_so_long_for_one_that_is_gone(gauges: Gauges) -> None:
     with pytest.raises(SearchError, match=r"every finished trial is kept: start the node .* `paretune resume`"):
         lost.measure(sizes, {})
     assert replace(lost, handles=(gone, *gauges.handles), patience=60.0).measure(sizes, {}) == {}
+
+
+def test_waits_for_a_measuring_node_and_says_so(gauges: Gauges, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges_module, "_SILENT_SECONDS", 0.5)
+    cpus = int(ray.cluster_resources()["CPU"])
+    holder = ray.remote(lambda: time.sleep(4)).options(num_cpus=cpus).remote()
+    lines, made = list[str](), list[Any]()
+    options = ray.remote(Gauge).options(num_cpus=cpus)
+    (gauge,) = gauges_module._started(lambda: options.remote(b"", (), 1), job, made, lines.append)
+    assert len(lines) == 1
+    assert "waiting for the measuring nodes" in lines[0]
+    ray.get(holder)
+    ray.kill(gauge)
 
 
 def test_fills_a_run_folder_there(gauges: Gauges, measured: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import ray
 from ray import tune
 
 from paretune.errors import SearchError, TrialError
@@ -207,6 +208,17 @@ def test_an_error_of_the_work_comes_out(at: str, tmp_path: Path) -> None:
         start(script)
     assert time.monotonic() - script.since < 9, "Tune waits ten seconds for workers that train"
     assert len(script.outcomes) == (at == "ended")
+
+
+def test_where_no_node_has_room_it_says_so_and_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorkScheduler, "patience", 0.5)
+    holder = ray.remote(lambda: time.sleep(4)).options(num_cpus=2).remote()
+    script, lines = Script(tmp_path, [complete]), list[str]()
+    fit(script, Kit(), workers=1, resources={"CPU": 1}, report=lines.append)
+    ray.get(holder)
+    assert script.outcomes == [Outcome(0, record())]
+    assert len(lines) == 1
+    assert "no trial has started for" in lines[0]
 
 
 def test_ctrl_c_comes_out_and_ends_the_workers(tmp_path: Path) -> None:
