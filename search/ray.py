@@ -14,7 +14,7 @@ from paretune.objectives.verify import Verified
 from paretune.search.cluster.connection import amounts, connect
 from paretune.search.cluster.equipment import Equipment
 from paretune.search.cluster.gauge import Station
-from paretune.search.cluster.gauges import open_gauges
+from paretune.search.cluster.gauges import DisownedError, open_gauges
 from paretune.search.cluster.parcels import own_storage
 from paretune.search.executor import Executor, Report, Work
 from paretune.search.job import Job
@@ -24,6 +24,9 @@ from paretune.search.problem import load_problem, without_trainer
 from paretune.search.profile import Profile
 from paretune.search.tune.run import fit
 from paretune.spaces.plan import CompressionPlan
+
+_CONNECTIONS = 5
+"""So many are made to a cluster that ends what is begun through them."""
 
 
 class RayExecutor(Executor):
@@ -36,13 +39,26 @@ class RayExecutor(Executor):
 
     def __init__(self, job: Job, run: Path, report: Report) -> None:
         super().__init__(job, run, report)
-        began = run / ENVIRONMENT
+        connections = 1
+        while not self._connect(is_last=connections == _CONNECTIONS):
+            connections += 1
+
+    def _connect(self, *, is_last: bool) -> bool:
+        """Connect and start the gauges; returns whether that went well, as it must where it is tried for the last time."""
+        job, began = self._job, self._run / ENVIRONMENT
         environment = json.loads(began.read_text()) if began.is_file() else None
-        with ExitStack() as stack:
-            stack.callback(connect(job).close)
-            storage = stack.enter_context(own_storage(job.ray.storage, run))
-            self._gauges = stack.enter_context(open_gauges(job, report, storage=storage, environment=environment))
-            self._open = stack.pop_all()
+        try:
+            with ExitStack() as stack:
+                stack.callback(connect(job).close)
+                storage = stack.enter_context(own_storage(job.ray.storage, self._run))
+                gauges = open_gauges(job, self.report, storage=storage, environment=environment)
+                self._gauges = stack.enter_context(gauges)
+                self._open = stack.pop_all()
+        except DisownedError:
+            if is_last:
+                raise
+            return False
+        return True
 
     @cached_property
     def problem(self) -> Problem:

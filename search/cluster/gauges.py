@@ -41,6 +41,9 @@ PATIENCE = 600.0
 _START_SECONDS, _SILENT_SECONDS = 600.0, 15.0
 """Another search may hold the measuring nodes; it is waited for so long, and that is said after so long."""
 
+_DEATHS = 10
+"""So many gauges may die before they run; more won't help then."""
+
 _MEASURING = 1 / 3
 """Share of a trial's time that one measurement may take: what hangs must be ended before those who wait run out of
 theirs."""
@@ -55,6 +58,10 @@ class GaugeError(Exception):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
+
+
+class DisownedError(SearchError):
+    """Ray takes this process for one that died, and ends what it begins; another connection may help."""
 
 
 class _Lost(NamedTuple):
@@ -250,7 +257,8 @@ def open_gauges(
 
     Raises:
         JobError: The job can't be loaded there.
-        SearchError: The nodes measure unlike one another, or unlike the run's first ones.
+        SearchError: The nodes measure unlike one another, or unlike the run's first ones; a `DisownedError` where no
+            gauge can be started through this connection.
     """
     options, limit = _actor_options(job), _MEASURING * job.search.trial_timeout
     setup = cloudpickle.dumps(job), own_path(), _threads(job)
@@ -283,7 +291,7 @@ def _started(make: Callable[[], Any], job: Job, made: list[Any], report: Report)
     """As many gauges as there are measuring nodes, each of which runs.
 
     A node that died a moment ago may still be counted. And an actor may die while it is registered, for good: Ray takes
-    its driver for a failed one where the same process was connected to the cluster before.
+    its driver for a failed one where the same process was connected to the cluster before, for a moment or for good.
 
     Args:
         make: Begins one.
@@ -292,11 +300,11 @@ def _started(make: Callable[[], Any], job: Job, made: list[Any], report: Report)
         report: Takes a line where that takes long.
 
     Raises:
-        SearchError: They don't start.
+        SearchError: They don't start; a `DisownedError` where they die.
     """
     waiting: dict[Any, Any] = {}
     begun = time.monotonic()
-    is_said = False
+    is_said, deaths = False, 0
     while (waited := time.monotonic() - begun) < _START_SECONDS:
         if waited > _SILENT_SECONDS and not is_said:
             is_said = True
@@ -308,7 +316,10 @@ def _started(make: Callable[[], Any], job: Job, made: list[Any], report: Report)
         dead = [reference for reference in ready if not _lives(reference)]
         for reference in dead:
             del waiting[reference]
+            deaths += 1
             time.sleep(_PAUSE)
+        if deaths >= _DEATHS:
+            raise DisownedError(f"a process must start on each measuring node, but {deaths} died of it; see Ray's logs")
         if not dead and len(ready) >= _measuring_nodes(job):
             for reference in others:
                 ray.kill(waiting[reference])

@@ -26,7 +26,7 @@ from paretune.objectives.problem import Problem
 from paretune.search.cluster import gauges as gauges_module
 from paretune.search.cluster.equipment import Equipment
 from paretune.search.cluster.gauge import Gauge, Station
-from paretune.search.cluster.gauges import GaugeError, Gauges
+from paretune.search.cluster.gauges import DisownedError, GaugeError, Gauges
 from paretune.search.cluster.parcels import own_storage
 from paretune.search.job import Job
 from paretune.search.problem import BASELINE
@@ -156,6 +156,18 @@ def test_waits_for_a_measuring_node_and_says_so(gauges: Gauges, job: Job, monkey
     assert "waiting for the measuring nodes" in lines[0]
     ray.get(holder)
     ray.kill(gauge)
+
+
+def test_where_each_one_dies_it_gives_up(gauges: Gauges, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stillborn:
+        def __init__(self) -> None:
+            raise ValueError("no")
+
+    monkeypatch.setattr(gauges_module, "_PAUSE", 0.0)
+    made = list[Any]()
+    with pytest.raises(DisownedError, match="must start on each measuring node, but 10 died"):
+        gauges_module._started(lambda: ray.remote(Stillborn).options(num_cpus=0).remote(), job, made, print)
+    assert len(made) == 10
 
 
 def test_fills_a_run_folder_there(gauges: Gauges, measured: Path, tmp_path: Path) -> None:
