@@ -44,7 +44,7 @@ class RayExecutor(Executor):
             connections += 1
 
     def _connect(self, *, is_last: bool) -> bool:
-        """Connect and start the gauges; returns whether that went well, as it must where it is tried for the last time."""
+        """Connect and start the gauges; returns whether that went well, as it must the last time that it is tried."""
         job, began = self._job, self._run / ENVIRONMENT
         environment = json.loads(began.read_text()) if began.is_file() else None
         try:
